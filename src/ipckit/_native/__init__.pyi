@@ -1,0 +1,101 @@
+"""The native core: what Python cannot do without the GIL, or not at all (atomics).
+
+`StreamLink` and `RingLink` implement `ipckit._spi.Link`, `Pollable` and `Fused`; `RingLink` also `Claiming`.
+Their contract is in `_spi`; here stands what is particular to them.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from .._spi import Buffer, Peer, Wait, Want
+
+# Why a native link gives up; the first argument of `fail`. Numbers are shared with module.h.
+CLOSED: int  # we closed it
+ENDED: int  # end of file; detail: True if inside a frame, else False
+GOODBYE: int  # the peer closed in order
+TIMED_OUT: int  # nothing happened
+UNKNOWN: int  # timed out or interrupted with part of the frame sent: the rest is kept and goes out with the next call
+TOO_LARGE: int  # detail: (size, limit). The link stays good
+PROTOCOL: int  # detail: str, what is wrong. The link is closed to further use
+SYSTEM: int  # detail: errno
+UNSUPPORTED: int  # detail: str
+
+Fail = Callable[[int, str, Any], BaseException]  # (reason, operation, detail) -> the exception to raise
+
+class StreamLink:
+    """Length-prefixed frames (u32 big-endian) over one or two non-blocking descriptors, which it owns."""
+
+    def __init__(
+        self,
+        rfd: int,
+        wfd: int,  # may equal rfd
+        fail: Fail,
+        on_fork: Callable[[], None],  # first use in a forked child: raise ForkedError, or return to go on
+        limit: int,  # bytes; a longer prefix is PROTOCOL before anything is allocated
+        spin_ns: int,  # -1: auto
+        goodbye: bool,  # write ff ff ff ff at close, and expect it
+        wait: Callable[..., Wait],  # the Wait class
+        native: Any,
+        peer: Peer,
+    ) -> None: ...
+    native: Any
+    peer: Peer
+    def try_send(self, frame: Buffer, /) -> bool: ...
+    def try_flush(self) -> bool: ...
+    def try_recv(self) -> bytes | None: ...
+    def arm(self, want: Want, /) -> Wait: ...
+    def send(self, frame: Buffer, timeout: float | None = None, priority: int = 0) -> None: ...
+    def recv(self, timeout: float | None = None) -> bytes: ...
+    def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int: ...
+    def send_many(self, frames: Sequence[Buffer], timeout: float | None = None) -> int: ...
+    def recv_many(self, limit: int, timeout: float | None = None) -> list[bytes]: ...
+    def counters(self) -> tuple[int, int, int, int]: ...
+    def fileno(self) -> int: ...
+    def close(self, goodbye: bool = True) -> None:
+        """`goodbye=False`: just let go of the descriptors (the end lives on in another process)."""
+    def detach(self) -> tuple[int, int]:
+        """Give up the descriptors without closing them. Raises ValueError if anything is buffered."""
+
+class RingLink:
+    """Two shared-memory rings, one for each direction, and their doorbells."""
+
+    def __init__(
+        self,
+        memory: int,  # memfd with the layout of layout.h; mapped here and owned
+        bells: tuple[int, int, int, int],  # eventfds: (ring 0 data, ring 0 space, ring 1 data, ring 1 space); owned
+        control: int,  # connected Unix socket; its end of file is the peer's end; owned
+        side: int,  # 0 sends on ring 0, 1 on ring 1
+        fail: Fail,
+        on_fork: Callable[[], None],
+        limit: int,
+        spin_ns: int,
+        wait: Callable[..., Wait],
+        native: Any,
+        peer: Peer,
+    ) -> None: ...
+    native: Any
+    peer: Peer
+    def try_send(self, frame: Buffer, /) -> bool: ...
+    def try_flush(self) -> bool: ...
+    def try_recv(self) -> bytes | None: ...
+    def arm(self, want: Want, /) -> Wait: ...
+    def send(self, frame: Buffer, timeout: float | None = None, priority: int = 0) -> None: ...
+    def recv(self, timeout: float | None = None) -> bytes: ...
+    def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int: ...
+    def send_many(self, frames: Sequence[Buffer], timeout: float | None = None) -> int: ...
+    def recv_many(self, limit: int, timeout: float | None = None) -> list[bytes]: ...
+    def try_loan(self, size: int, /) -> AbstractContextManager[memoryview] | None: ...
+    def try_borrow(self) -> AbstractContextManager[memoryview] | None: ...
+    def counters(self) -> tuple[int, int, int, int]: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+def ring_create(capacity: int) -> int:
+    """A sealed memfd (CLOEXEC) holding two rings of `capacity` bytes each, formatted and allocated. Raises OSError."""
+
+def floor(mechanism: str, size: int, rounds: int, cpus: tuple[int, int]) -> list[int]:
+    """Round-trip times in ns of the bare mechanism in C, between two pinned processes; see floor.h for the names."""
+
+def floor_throughput(mechanism: str, size: int, count: int, cpus: tuple[int, int]) -> int:
+    """Nanoseconds in which `count` messages of `size` bytes went one way."""

@@ -1,0 +1,207 @@
+"""The contract between transports and everything above them.
+
+A transport never blocks. It *tries*; when it cannot go on it says *what to wait for*; the two drivers in `_wait` do the
+waiting, one for threads and one for an event loop. So a transport is written once, and works in both shells.
+
+    try_recv() -> None          nothing there
+    arm(RECV)  -> Wait          "I am about to sleep": from now on, new data makes one of these descriptors ready
+    try_recv() -> None          asked again: closes the race between the first try and the announcement
+    (sleep on the Wait)
+
+Rules that every implementation keeps, and the conformance suite checks:
+
+* **Frames are whole.** A frame is accepted whole or not at all, and delivered whole or not at all.
+* **`try_` never waits**, never raises for "full" or "empty" (these are return values), and may be called at any time.
+* **`arm` precedes the last try.** After `arm(want)`, a change that would let `try_*` succeed makes the Wait ready. A Wait may
+  be ready for nothing; whoever wakes tries again.
+* **`close` is immediate and idempotent.** Frames accepted before it are still delivered if the peer lives.
+  After it, `try_*` raises `Closed`.
+* **A peer's end comes after its frames.** `try_recv` returns everything that was committed before it raises
+  `PeerClosed` or `PeerDied`; then it raises the same again at every call. `try_send` raises it at once.
+* **Bad input ends one link**, with `ProtocolError`, and nothing else.
+* **Ownership.** `try_send` is done with the buffer when it returns. `try_recv` gives away a new `bytes`.
+* **Threads.** One thread may send while another receives. The patterns serialise more than that.
+
+Steps: an operation that may wait is a generator of `Wait`s (`Steps[T]`), returning its result. The driver throws `Timeout`
+into it when the time is up, and closes it when the caller is cancelled; at each of these points nothing may be lost.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+from . import errors
+from ._capabilities import Capabilities
+from ._url import Url
+
+T = TypeVar("T")
+
+#: What may be sent: anything with a C-contiguous buffer.
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class Want(IntFlag):
+    RECV = 1  # a frame, or a connection to accept
+    SEND = 2  # room for a frame, or for the rest of one
+
+
+class Wait(NamedTuple):
+    """What to sleep on: readiness of any of these descriptors, or `at_most` seconds.
+
+    `fds` holds (descriptor, events), events as in `select.poll` (POLLIN 1, POLLOUT 4); errors and hang-ups always count as
+    ready. `at_most` is for the few things that no descriptor announces, such as a TCP listener that is not there yet.
+    """
+
+    fds: tuple[tuple[int, int], ...]
+    at_most: float | None = None
+
+
+Steps: TypeAlias = Generator[Wait, None, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end, as far as the kernel tells. None: unknown."""
+
+    pid: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    address: str | None = None
+
+
+class Link(Protocol):
+    """Whole frames to and from one peer."""
+
+    @property
+    def native(self) -> Any:
+        """The object underneath (socket, queue, broker client), for what ipckit does not wrap."""
+
+    @property
+    def peer(self) -> Peer: ...
+
+    def try_send(self, frame: Buffer) -> bool:
+        """Take the frame, or return False when there is no room now.
+
+        A link may keep the unsent rest of *one* accepted frame; it goes out with `try_flush`, or with any later call.
+
+        Raises: MessageTooLarge (nothing was sent, the link stays good), PeerClosed, PeerDied, Closed.
+        """
+
+    def try_flush(self) -> bool:
+        """True when nothing that was accepted is still held in this process (or unconfirmed by the broker)."""
+
+    def try_recv(self) -> bytes | None:
+        """The next frame, or None when there is none now. Raises: PeerClosed, PeerDied, ProtocolError, Closed."""
+
+    def arm(self, want: Want) -> Wait:
+        """Announce that we are about to sleep. While an accepted rest is unsent, waiting to RECV also drives it out."""
+
+    def close(self) -> None: ...
+
+
+class Listener(Protocol):
+    """A name that peers connect to."""
+
+    @property
+    def url(self) -> Url:
+        """Where it can be reached: the URL given, with the port that the system chose."""
+
+    @property
+    def native(self) -> Any: ...
+
+    def try_accept(self) -> Link | None:
+        """The next peer, or None. A peer that fails its handshake is dropped and logged, never raised."""
+
+    def arm(self, want: Want) -> Wait: ...
+
+    def close(self) -> None:
+        """Stop listening and remove the name. Links that were accepted live on."""
+
+
+# -- small optional promises, each tied to a capability ----------------------------------------------------------
+
+
+@runtime_checkable
+class Pollable(Protocol):
+    """`fileno`: one descriptor that becomes readable when a frame may have come. Capability `fileno`."""
+
+    def fileno(self) -> int: ...
+
+
+@runtime_checkable
+class Prioritised(Protocol):
+    """Frames with a priority, higher first. Capability `priorities`."""
+
+    def try_send_priority(self, frame: Buffer, priority: int) -> bool: ...
+
+
+@runtime_checkable
+class Fused(Protocol):
+    """A link whose blocking calls are one call each: try, spin, sleep, all underneath, with the GIL released.
+
+    A Channel binds them in place of its own, so that nothing of Python stands between the caller and them. They keep the
+    same contract as the loops that they replace, and serialise concurrent callers themselves.
+    """
+
+    def send(self, frame: Buffer, timeout: float | None = None, priority: int = 0) -> None: ...
+    def recv(self, timeout: float | None = None) -> bytes: ...
+    def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int: ...
+    def send_many(self, frames: Sequence[Buffer], timeout: float | None = None) -> int: ...
+    def recv_many(self, limit: int, timeout: float | None = None) -> list[bytes]: ...
+    def counters(self) -> tuple[int, int, int, int]:
+        """Frames sent, bytes sent, frames received, bytes received."""
+
+
+@runtime_checkable
+class Claiming(Protocol):
+    """Frames written and read in place. Capability `zero_copy`.
+
+    Both return a context manager over a memoryview, or None when it must wait. Leaving a loan's block normally commits the
+    frame, leaving it by an exception takes it back; leaving a borrow's block gives the memory back to the sender. A view
+    that is kept past its block raises `BufferError` at the end of the block; the memory behind it stays valid, and stays
+    occupied, until the last such view is gone.
+    """
+
+    def try_loan(self, size: int) -> AbstractContextManager[memoryview] | None: ...
+    def try_borrow(self) -> AbstractContextManager[memoryview] | None: ...
+
+
+# -- the transport itself ----------------------------------------------------------------------------------------
+
+OptionsT = TypeVar("OptionsT")
+
+
+class Transport(ABC, Generic[OptionsT]):
+    """One scheme (or a family of them): its declarations, and how its endpoints are opened.
+
+    A module in `ipckit.transports` ends with its one instance; `_registry` finds it there. Importing the module must not
+    import the backend: `capabilities` has to be readable where it is not installed.
+    """
+
+    #: What it promises; a scheme of the family that differs overrides `capabilities_of`.
+    capabilities: ClassVar[Capabilities]
+    #: A frozen dataclass made of `_options.option()` fields: what stands behind the `?` of the URL.
+    options: ClassVar[type[Any]]
+    #: Modules that must be importable, and the extra that brings them (`pip install ".[extra]"`).
+    requires: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+
+    def capabilities_of(self, url: Url) -> Capabilities:
+        return self.capabilities
+
+    @abstractmethod
+    def listen(self, url: Url, options: OptionsT) -> Steps[Listener]:
+        """Take the name. Raises AddressInUse if a live listener has it; a name left by a dead one is replaced."""
+
+    @abstractmethod
+    def connect(self, url: Url, options: OptionsT) -> Steps[Link]:
+        """Reach the listener, waiting for one until the driver throws `Timeout`; then raise NothingListening."""
+
+    def pair(self, url: Url, options: OptionsT) -> tuple[Link, Link]:
+        """Two connected ends."""
+        raise errors.Unsupported("this transport makes no pairs", url=url, hint="use listen() and connect()")

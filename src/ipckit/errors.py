@@ -1,0 +1,191 @@
+"""One root, and below it what happened: to which URL, in which operation, and what to do next.
+
+The tree separates what a caller can act on. *We* closed it (`Closed`) is not *they* closed it (`PeerClosed`),
+and neither is *they were killed* (`PeerDied`). Where Python already has a word (`ValueError`, `ConnectionError`,
+`TimeoutError`, `ImportError`), the class is one of those as well, so that code which never heard of ipckit
+catches it by the name it knows.
+
+Foreign exceptions (`OSError`, a broker client's) cross into this tree at one place per transport, always
+`raise ... from cause`.
+"""
+
+from __future__ import annotations
+
+
+class IpcError(Exception):
+    """Anything that ipckit raises on purpose.
+
+    Attributes:
+        message: what happened, without the URL.
+        url: where, with its secrets removed; None when there is no URL yet.
+        operation: the verb that was called ("connect", "recv", ...), or None.
+        hint: what to do about it, or None.
+    """
+
+    def __init__(
+        self, message: str = "", *, url: object = None, operation: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.url = None if url is None else str(url)
+        self.operation = operation
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (self.operation, self.url) if part)
+        text = f"{where}: {self.message}" if where else self.message
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+# -- the address ------------------------------------------------------------------------------------------------
+
+
+class AddressError(IpcError):
+    """The URL does not lead anywhere."""
+
+
+class BadUrl(AddressError, ValueError):
+    """The URL cannot be read."""
+
+
+class UnknownScheme(AddressError, ValueError):
+    """No transport has this scheme."""
+
+
+class AddressInUse(AddressError):
+    """A live listener has this name already."""
+
+
+class NothingListening(AddressError, ConnectionError):
+    """Nobody listened at this address before the timeout."""
+
+
+# -- the configuration ------------------------------------------------------------------------------------------
+
+
+class ConfigError(IpcError):
+    """What was asked for cannot be had in this form, here."""
+
+
+class MissingDependency(ConfigError, ImportError):
+    """The transport's client library is not installed; the hint names the extra that brings it."""
+
+
+class Unsupported(ConfigError):
+    """The transport does not do this; its capabilities say so."""
+
+
+class BadOption(ConfigError, ValueError):
+    """An option that the transport does not have, or a value that it cannot take."""
+
+
+class ResourceLimit(ConfigError):
+    """The system's limit (queues, descriptors, memory) stands in the way; the hint says how to raise it."""
+
+
+class AccessDenied(ConfigError, PermissionError):
+    """The name belongs to somebody else, or its mode lets others in."""
+
+
+# -- the peers --------------------------------------------------------------------------------------------------
+
+
+class Closed(IpcError):
+    """We closed this endpoint."""
+
+
+class PeerError(IpcError, ConnectionError):
+    """The other side is gone. What it had committed before has been delivered."""
+
+
+class PeerClosed(PeerError):
+    """The other side closed in order."""
+
+
+class PeerDied(PeerError):
+    """The other side ended without closing.
+
+    Attributes:
+        pid: its process id where the transport knows it, else None.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        url: object = None,
+        operation: str | None = None,
+        hint: str | None = None,
+        pid: int | None = None,
+    ) -> None:
+        super().__init__(message, url=url, operation=operation, hint=hint)
+        self.pid = pid
+
+
+# -- the message ------------------------------------------------------------------------------------------------
+
+
+class Timeout(IpcError, TimeoutError):
+    """The time was up. Nothing of the operation has happened, unless it is an `OutcomeUnknown`."""
+
+
+class OutcomeUnknown(Timeout):
+    """The message left us, and nobody said that it arrived.
+
+    Attributes:
+        message_id: sending again with this id makes no duplicate; None where the transport has no ids, and then the
+            hint says what will happen to the message.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        url: object = None,
+        operation: str | None = None,
+        hint: str | None = None,
+        message_id: str | None = None,
+    ) -> None:
+        super().__init__(message, url=url, operation=operation, hint=hint)
+        self.message_id = message_id
+
+
+class QueueFull(IpcError):
+    """The queue is full and `on_full=error`."""
+
+
+class MessageTooLarge(IpcError, ValueError):
+    """The message is above the limit of the endpoint (`limit=`) or of the transport."""
+
+
+class ProtocolError(IpcError):
+    """The peer sent what its protocol does not allow. The connection is closed."""
+
+
+class CodecError(ProtocolError):
+    """The bytes are not what the codec can read, or the value not what it can write."""
+
+
+class SchemaError(ProtocolError):
+    """The value is not of the declared type; the message has the path (`$.qty: expected int`)."""
+
+
+# -- remote calls -----------------------------------------------------------------------------------------------
+
+
+class RpcError(IpcError):
+    """A remote call failed."""
+
+
+# -- synchronisation --------------------------------------------------------------------------------------------
+
+
+class SyncError(IpcError):
+    """A cross-process synchronisation primitive cannot go on."""
+
+
+# -- fork -------------------------------------------------------------------------------------------------------
+
+
+class ForkedError(IpcError):
+    """An endpoint that was opened before a fork was used in the child. Open one there."""
