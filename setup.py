@@ -17,10 +17,20 @@ setup(
     ext_modules=[
         Extension(
             "ipckit._native._core",
-            [HERE + name for name in ("module.c", "glue.c", "py_stream.c", "py_ring.c", "stream.c", "ring.c", "floor.c")],
+            [
+                HERE + name
+                for name in ("module.c", "glue.c", "py_stream.c", "py_ring.c", "stream.c", "ring.c", "floor.c")
+            ],
             depends=[HERE + name for name in ("module.h", "layout.h", "ring.h", "stream.h", "floor.h")],
             define_macros=[("_GNU_SOURCE", "1"), ("Py_LIMITED_API", "0x030B0000")],
-            extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
+            extra_compile_args=[
+                "-std=c11",
+                "-O3",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Wno-missing-field-initializers",
+            ],
             extra_link_args=["-lrt", "-pthread"],
             py_limited_api=True,
         )

@@ -38,7 +38,7 @@ def option(default: Any, parse: Callable[[str], object], help: str) -> Any:
 def duration(text: str) -> float:
     """Seconds, from `20us`, `1.5s`, `5m`; a bare `0` needs no unit."""
     match = _NUMBER.match(text)
-    if match and (match[2] in _TIME or float(match[1]) == 0 and not match[2]):
+    if match and (match[2] in _TIME or (float(match[1]) == 0 and not match[2])):
         return float(match[1]) * _TIME.get(match[2], 0.0)
     raise ValueError("a duration with its unit, for example 20us, 5ms, 1.5s")
 

@@ -55,6 +55,7 @@ class Wait(NamedTuple):
 
     `fds` holds (descriptor, events), events as in `select.poll` (POLLIN 1, POLLOUT 4); errors and hang-ups always count as
     ready. `at_most` is for the few things that no descriptor announces, such as a TCP listener that is not there yet.
+    A descriptor belongs to one endpoint only: an event loop knows one callback for each.
     """
 
     fds: tuple[tuple[int, int], ...]
@@ -138,6 +139,18 @@ class Prioritised(Protocol):
     """Frames with a priority, higher first. Capability `priorities`."""
 
     def try_send_priority(self, frame: Buffer, priority: int) -> bool: ...
+
+
+@runtime_checkable
+class Abandoning(Protocol):
+    """Links and listeners that hold descriptors. Called in a forked child, where no other thread lives.
+
+    Let go of the descriptors and of nothing else: no goodbye, no name removed, no lock taken. Without it the child would keep
+    the connection open after its parent died, and the peer would never hear of the death. Afterwards every call raises
+    `ForkedError`.
+    """
+
+    def abandon(self) -> None: ...
 
 
 @runtime_checkable

@@ -78,9 +78,8 @@ class Url:
         query = urlencode(
             [(k, "***" if not secrets and _SECRET.search(k) else v) for k, v in self.options], safe="/:*,"
         )
-        return (
-            f"{self.scheme}://{login}{','.join(map(str, self.hosts))}{quote(self.path, safe='/:@+,$~')}"
-            + (f"?{query}" if query else "")
+        return f"{self.scheme}://{login}{','.join(map(str, self.hosts))}{quote(self.path, safe='/:@+,$~')}" + (
+            f"?{query}" if query else ""
         )
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from . import errors
@@ -50,11 +50,16 @@ class Gate:
         self._bell = -1
         self._loops: dict[asyncio.AbstractEventLoop, _Readiness] = {}
 
+    @property
+    def foreign(self) -> bool:
+        """This process is a forked child of the one that opened the endpoint."""
+        return self._generation != _generation
+
     def enter(self, operation: str) -> None:
         with self._mutex:
             if self.closed:
                 raise errors.Closed("this endpoint is closed", url=self.url, operation=operation)
-            if self._generation != _generation:
+            if self.foreign:
                 raise errors.ForkedError(
                     "opened before a fork, used in the child",
                     url=self.url,
@@ -350,5 +355,3 @@ class _Readiness:
             self._forget(key)
         for sleeper in sleepers:
             sleeper.wake_soon()
-
-

@@ -1,0 +1,648 @@
+"""Channel: whole messages, in order, between two parties.
+
+    with ipckit.listen("unix://calc") as listener, listener.accept() as channel: ...
+    with ipckit.connect("unix://calc", timeout=5) as channel: ...
+
+Three layers. `_Frames` is the logic, written once as steps over a Link. `Channel` and `Listener` run the steps on the caller's
+thread, `AsyncChannel` and `AsyncListener` on the running loop; they hold nothing but one line per verb. Where the link is
+`Fused` (native), the synchronous verbs are its own methods, bound in place of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, TypeVar, overload
+
+from . import _options, _registry, errors
+from ._capabilities import Capabilities
+from ._spi import Abandoning, Buffer, Claiming, Fused, Link, Peer, Pollable, Prioritised, Steps, Want
+from ._spi import Listener as LinkListener
+from ._url import Url, parse
+from ._wait import Gate, Lane, arun, run
+from .codecs import RAW, Codec, choose
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStats:
+    """Since the channel was opened. Bytes are payload, without framing."""
+
+    messages_sent: int
+    bytes_sent: int
+    messages_received: int
+    bytes_received: int
+
+
+class _Frames:
+    """The verbs as steps over one link. No thread, no loop, no codec."""
+
+    __slots__ = ("_held", "_link", "counts", "url")
+
+    def __init__(self, link: Link, url: Url) -> None:
+        self._link = link
+        self._held: bytes | None = None  # a frame that was too large for the buffer of recv_into
+        self.url = url
+        self.counts = [0, 0, 0, 0]
+
+    def send(self, frame: Buffer, priority: int = 0) -> Steps[None]:
+        yield from self._accept(frame, priority)
+        yield from self._flush()
+
+    def send_many(self, frames: Sequence[Buffer]) -> Steps[int]:
+        done = 0
+        try:
+            for frame in frames:
+                yield from self._accept(frame, 0)
+                done += 1
+            yield from self._flush()
+        except errors.OutcomeUnknown:
+            pass  # all that were counted are accepted; the rest goes out with the next call
+        except errors.Timeout:
+            if not done:
+                raise
+        return done
+
+    def _accept(self, frame: Buffer, priority: int) -> Steps[None]:
+        while not self._try_send(frame, priority):
+            wait = self._link.arm(Want.SEND)
+            if self._try_send(frame, priority):
+                break
+            yield wait
+        self.counts[0] += 1
+        self.counts[1] += memoryview(frame).nbytes
+
+    def _try_send(self, frame: Buffer, priority: int) -> bool:
+        if not priority:
+            return self._link.try_send(frame)
+        if not isinstance(self._link, Prioritised):
+            raise errors.Unsupported(
+                "this transport has no priorities", url=self.url, operation="send", hint="see `ipckit transports`"
+            )
+        return self._link.try_send_priority(frame, priority)
+
+    def _flush(self) -> Steps[None]:
+        try:
+            while not self._link.try_flush():
+                wait = self._link.arm(Want.SEND)
+                if self._link.try_flush():
+                    return
+                yield wait
+        except errors.OutcomeUnknown:
+            raise
+        except errors.Timeout as timeout:
+            raise errors.OutcomeUnknown(
+                "the message was accepted, but not all of it has left",
+                url=self.url,
+                operation="send",
+                hint="it goes out with the next call on this channel: do not send it again",
+            ) from timeout
+
+    def recv(self) -> Steps[bytes]:
+        frame = self._try_recv()
+        while frame is None:
+            wait = self._link.arm(Want.RECV)
+            frame = self._try_recv()
+            if frame is None:
+                yield wait
+                frame = self._try_recv()
+        return frame
+
+    def recv_many(self, limit: int) -> Steps[list[bytes]]:
+        if limit < 1:
+            raise errors.BadOption(f"limit must be 1 or more, not {limit}", url=self.url, operation="recv_many")
+        frames = [(yield from self.recv())]
+        try:
+            while len(frames) < limit and (frame := self._try_recv()) is not None:
+                frames.append(frame)
+        except errors.IpcError:
+            pass  # sticky: the next call raises it, after these frames were delivered
+        return frames
+
+    def recv_into(self, buffer: bytearray | memoryview) -> Steps[int]:
+        view = memoryview(buffer).cast("B")
+        frame = yield from self.recv()
+        if len(frame) > len(view):
+            self._held = frame
+            self.counts[2] -= 1
+            self.counts[3] -= len(frame)
+            raise errors.MessageTooLarge(
+                f"the message has {len(frame)} bytes, the buffer {len(view)}",
+                url=self.url,
+                operation="recv_into",
+                hint="it was kept: recv() returns it",
+            )
+        view[: len(frame)] = frame
+        return len(frame)
+
+    def _try_recv(self) -> bytes | None:
+        if self._held is not None:
+            frame: bytes | None = self._held
+            self._held = None
+        else:
+            frame = self._link.try_recv()
+        if frame is not None:
+            self.counts[2] += 1
+            self.counts[3] += len(frame)
+        return frame
+
+    def loan(self, size: int) -> Steps[AbstractContextManager[memoryview]]:
+        link = self._claiming("loan")
+        while (loan := link.try_loan(size)) is None:
+            wait = self._link.arm(Want.SEND)
+            if (loan := link.try_loan(size)) is not None:
+                break
+            yield wait
+        return loan
+
+    def borrow(self) -> Steps[AbstractContextManager[memoryview]]:
+        link = self._claiming("borrow")
+        while (view := link.try_borrow()) is None:
+            wait = self._link.arm(Want.RECV)
+            if (view := link.try_borrow()) is not None:
+                break
+            yield wait
+        return view
+
+    def _claiming(self, operation: str) -> Claiming:
+        if not isinstance(self._link, Claiming):
+            raise errors.Unsupported(
+                "this transport has no memory to lend", url=self.url, operation=operation, hint="shm:// has"
+            )
+        return self._link
+
+
+class _Driven:
+    """`Fused`, for a link that is not: the steps, run on the caller's thread."""
+
+    __slots__ = ("_frames", "_rx", "_tx")
+
+    def __init__(self, frames: _Frames, tx: Lane, rx: Lane) -> None:
+        self._frames, self._tx, self._rx = frames, tx, rx
+
+    def send(self, frame: Buffer, timeout: float | None = None, priority: int = 0) -> None:
+        run(self._frames.send(frame, priority), self._tx, timeout)
+
+    def recv(self, timeout: float | None = None) -> bytes:
+        return run(self._frames.recv(), self._rx, timeout)
+
+    def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
+        return run(self._frames.recv_into(buffer), self._rx, timeout)
+
+    def send_many(self, frames: Sequence[Buffer], timeout: float | None = None) -> int:
+        return run(self._frames.send_many(frames), self._tx, timeout)
+
+    def recv_many(self, limit: int, timeout: float | None = None) -> list[bytes]:
+        return run(self._frames.recv_many(limit), self._rx, timeout)
+
+    def counters(self) -> tuple[int, int, int, int]:
+        sent, bytes_sent, received, bytes_received = self._frames.counts
+        return sent, bytes_sent, received, bytes_received
+
+
+_open: weakref.WeakSet[_Endpoint] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child: give up inherited descriptors, or the peer would not hear that its partner died."""
+    for endpoint in tuple(_open):
+        if isinstance(endpoint._resource, Abandoning):
+            endpoint._resource.abandon()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+class _Endpoint:
+    """What channels and listeners share: an address, a gate, an end."""
+
+    url: Url
+
+    def __init__(self, resource: Link | LinkListener, url: Url, capabilities: Capabilities) -> None:
+        self.url = url
+        self.capabilities = capabilities
+        self._resource = resource
+        self._gate = Gate(url, resource.close)
+        _open.add(self)
+
+    @property
+    def closed(self) -> bool:
+        return self._gate.closed
+
+    @property
+    def native(self) -> Any:
+        """The object underneath (socket, zmq socket, broker client ...), for what ipckit does not wrap."""
+        return self._resource.native
+
+    def _close(self) -> None:
+        self._gate.close()
+
+    def __del__(self) -> None:
+        gate = getattr(self, "_gate", None)
+        if gate is not None and not gate.closed and not gate.foreign:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
+            self._close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}{' closed' if self.closed else ''}>"
+
+
+class _BaseChannel(_Endpoint, Generic[T]):
+    def __init__(self, link: Link, url: Url, codec: Codec[T], capabilities: Capabilities) -> None:
+        super().__init__(link, url, capabilities)
+        self._link = link
+        self._frames = _Frames(link, url)
+        self._encode = codec.encode
+        self._decode = codec.decode
+        self._codec = codec
+        self._tx = Lane(self._gate, "send")
+        self._rx = Lane(self._gate, "recv")
+        self._fused: Fused = link if isinstance(link, Fused) else _Driven(self._frames, self._tx, self._rx)
+
+    @property
+    def peer(self) -> Peer:
+        """Who is at the other end, as far as the kernel tells."""
+        return self._link.peer
+
+    def stats(self) -> ChannelStats:
+        return ChannelStats(*self._fused.counters())
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when a message may have come. Raises Unsupported where there is none."""
+        if self.closed:
+            raise errors.Closed("this endpoint is closed", url=self.url, operation="fileno")
+        if not isinstance(self._link, Pollable):
+            raise errors.Unsupported(
+                "this transport has no one descriptor to wait for", url=self.url, operation="fileno"
+            )
+        return self._link.fileno()
+
+    def _close(self) -> None:
+        super()._close()
+        if isinstance(self._link, Fused):  # its own calls wait inside it, not at our gate
+            self._link.close()
+
+
+class Channel(_BaseChannel[T]):
+    """One end of a duplex channel, for threads.
+
+    One thread may send while another receives; more are serialised. Every `timeout` is in seconds: None waits, 0 tries.
+
+    All verbs raise: Closed (we closed it), PeerClosed, PeerDied, Timeout, ProtocolError, ForkedError.
+    """
+
+    def __init__(self, link: Link, url: Url, codec: Codec[T], capabilities: Capabilities) -> None:
+        super().__init__(link, url, codec, capabilities)
+        if codec is RAW:
+            for verb in ("send", "recv", "recv_into", "send_many", "recv_many"):
+                self.__dict__[verb] = getattr(self._fused, verb)
+
+    def send(self, value: T, timeout: float | None = None, priority: int = 0) -> None:
+        """Send one message, whole.
+
+        Returns when it has left this process (on a broker: when the broker has it). `priority`: higher first, on transports
+        that have priorities.
+
+        Raises: MessageTooLarge; OutcomeUnknown when the time was up with part of the message sent.
+        """
+        self._fused.send(self._encode(value), timeout, priority)
+
+    def recv(self, timeout: float | None = None) -> T:
+        """The next message. Raises SchemaError or CodecError for one that is not what was declared; it is consumed."""
+        return self._decode(self._fused.recv(timeout))
+
+    def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
+        """The next message's bytes into `buffer`; returns their number. Raises MessageTooLarge, and keeps the message."""
+        return self._fused.recv_into(buffer, timeout)
+
+    def send_many(self, values: Sequence[T], timeout: float | None = None) -> int:
+        """Send them all, batched. Returns how many were sent, which is fewer only when the time was up."""
+        return self._fused.send_many([self._encode(value) for value in values], timeout)
+
+    def recv_many(self, limit: int, timeout: float | None = None) -> list[T]:
+        """Wait for one message, then take what is there, `limit` at most."""
+        return [self._decode(frame) for frame in self._fused.recv_many(limit, timeout)]
+
+    def loan(self, size: int, timeout: float | None = None) -> AbstractContextManager[memoryview]:
+        """`with channel.loan(n) as view:` writes a message of `size` bytes in place; the end of the block sends it."""
+        return run(self._frames.loan(size), self._tx, timeout)
+
+    def borrow(self, timeout: float | None = None) -> AbstractContextManager[memoryview]:
+        """`with channel.borrow() as view:` reads the next message in place; the end of the block gives the memory back."""
+        return run(self._frames.borrow(), self._rx, timeout)
+
+    def close(self) -> None:
+        """Immediate and idempotent. Messages sent before are still delivered; waiters here wake with `Closed`."""
+        self._close()
+
+    def __iter__(self) -> Iterator[T]:
+        """Messages until the peer closes. Raises PeerDied if it died: the sequence is not complete then."""
+        try:
+            while True:
+                yield self.recv()
+        except errors.PeerClosed:
+            return
+
+    def __enter__(self) -> Channel[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncChannel(_BaseChannel[T]):
+    """One end of a duplex channel, for tasks. The verbs of `Channel`, awaited; cancelling one loses no message."""
+
+    async def send(self, value: T, timeout: float | None = None, priority: int = 0) -> None:
+        await arun(self._frames.send(self._encode(value), priority), self._tx, timeout)
+
+    async def recv(self, timeout: float | None = None) -> T:
+        return self._decode(await arun(self._frames.recv(), self._rx, timeout))
+
+    async def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
+        return await arun(self._frames.recv_into(buffer), self._rx, timeout)
+
+    async def send_many(self, values: Sequence[T], timeout: float | None = None) -> int:
+        return await arun(self._frames.send_many([self._encode(value) for value in values]), self._tx, timeout)
+
+    async def recv_many(self, limit: int, timeout: float | None = None) -> list[T]:
+        return [self._decode(frame) for frame in await arun(self._frames.recv_many(limit), self._rx, timeout)]
+
+    @asynccontextmanager
+    async def loan(self, size: int, timeout: float | None = None) -> AsyncIterator[memoryview]:
+        with await arun(self._frames.loan(size), self._tx, timeout) as view:
+            yield view
+
+    @asynccontextmanager
+    async def borrow(self, timeout: float | None = None) -> AsyncIterator[memoryview]:
+        with await arun(self._frames.borrow(), self._rx, timeout) as view:
+            yield view
+
+    async def close(self) -> None:
+        self._close()
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        try:
+            while True:
+                yield await self.recv()
+        except errors.PeerClosed:
+            return
+
+    async def __aenter__(self) -> AsyncChannel[T]:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+# -- listeners ----------------------------------------------------------------------------------------------------
+
+
+def _accept(listener: LinkListener) -> Steps[Link]:
+    while (link := listener.try_accept()) is None:
+        wait = listener.arm(Want.RECV)
+        if (link := listener.try_accept()) is not None:
+            break
+        yield wait
+    return link
+
+
+class _BaseListener(_Endpoint, Generic[T]):
+    def __init__(self, listener: LinkListener, codec: Codec[T], capabilities: Capabilities) -> None:
+        super().__init__(listener, listener.url, capabilities)
+        self._listener = listener
+        self._codec = codec
+        self._lane = Lane(self._gate, "accept")
+
+
+class Listener(_BaseListener[T]):
+    """A name that peers connect to, for threads."""
+
+    def accept(self, timeout: float | None = None) -> Channel[T]:
+        """The next peer. A peer that fails its handshake is dropped and logged, and costs nobody else anything."""
+        link = run(_accept(self._listener), self._lane, timeout)
+        return Channel(link, self.url, self._codec, self.capabilities)
+
+    def close(self) -> None:
+        """Stop listening and remove the name. Accepted channels live on."""
+        self._close()
+
+    def __iter__(self) -> Iterator[Channel[T]]:
+        """Peers until `close()`."""
+        try:
+            while True:
+                yield self.accept()
+        except errors.Closed:
+            return
+
+    def __enter__(self) -> Listener[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncListener(_BaseListener[T]):
+    """A name that peers connect to, for tasks."""
+
+    async def accept(self, timeout: float | None = None) -> AsyncChannel[T]:
+        link = await arun(_accept(self._listener), self._lane, timeout)
+        return AsyncChannel(link, self.url, self._codec, self.capabilities)
+
+    async def close(self) -> None:
+        self._close()
+
+    async def __aiter__(self) -> AsyncIterator[AsyncChannel[T]]:
+        try:
+            while True:
+                yield await self.accept()
+        except errors.Closed:
+            return
+
+    async def __aenter__(self) -> AsyncListener[T]:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+# -- opening ------------------------------------------------------------------------------------------------------
+
+
+class _Opening:
+    """A URL made ready: transport found, options read, codec chosen; every mistake is told before anything is opened."""
+
+    def __init__(
+        self, url: str | Url, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
+    ) -> None:
+        self.url = parse(url)
+        self.transport = _registry.open_transport(self.url, frozenset(require))
+        self.capabilities = self.transport.capabilities_of(self.url)
+        if "channel" not in self.capabilities.patterns:
+            raise errors.Unsupported("this transport has no channels", url=self.url, operation=operation)
+        if operation != "pair" and not self.capabilities.listen:
+            raise errors.Unsupported(
+                "this transport has no names to listen at", url=self.url, operation=operation, hint="use pair()"
+            )
+        self.options = _options.read(self.transport.options, self.url)
+        self.codec = choose(codec, type)
+        self.lane = Lane(Gate(self.url, lambda: None), operation)
+
+    def listen(self) -> Steps[LinkListener]:
+        return self.transport.listen(self.url, self.options)
+
+    def connect(self) -> Steps[Link]:
+        return self.transport.connect(self.url, self.options)
+
+    def pair(self) -> tuple[Link, Link]:
+        return self.transport.pair(self.url, self.options)
+
+
+@overload
+def listen(url: str | Url, *, timeout: float | None = None, require: Collection[str] = ()) -> Listener[bytes]: ...
+@overload
+def listen(
+    url: str | Url,
+    *,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: type[T],
+    require: Collection[str] = (),
+) -> Listener[T]: ...
+@overload
+def listen(
+    url: str | Url, *, timeout: float | None = None, codec: str | Codec[Any], require: Collection[str] = ()
+) -> Listener[Any]: ...
+def listen(
+    url: str | Url,
+    *,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: Any = None,
+    require: Collection[str] = (),
+) -> Listener[Any]:
+    """Take a name that peers can connect to.
+
+    Args:
+        url: where; `Listener.url` says where it really is (the port that the system chose for port 0).
+        timeout: seconds for what may take time (a broker); None waits.
+        codec: "bytes" (default), "msgpack", "json", or a Codec.
+        type: what messages are; validated on arrival.
+        require: capabilities that the transport must have, such as {"zero_copy"}.
+
+    Raises: BadUrl, UnknownScheme, BadOption, MissingDependency, Unsupported, AddressInUse, AccessDenied, Timeout.
+    """
+    opening = _Opening(url, codec, type, require, "listen")
+    return Listener(run(opening.listen(), opening.lane, timeout), opening.codec, opening.capabilities)
+
+
+@overload
+def connect(url: str | Url, *, timeout: float | None = None, require: Collection[str] = ()) -> Channel[bytes]: ...
+@overload
+def connect(
+    url: str | Url,
+    *,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: type[T],
+    require: Collection[str] = (),
+) -> Channel[T]: ...
+@overload
+def connect(
+    url: str | Url, *, timeout: float | None = None, codec: str | Codec[Any], require: Collection[str] = ()
+) -> Channel[Any]: ...
+def connect(
+    url: str | Url,
+    *,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: Any = None,
+    require: Collection[str] = (),
+) -> Channel[Any]:
+    """Reach a listener, waiting until there is one.
+
+    `timeout`: seconds to wait for it; None waits for ever. The other arguments are those of `listen`.
+
+    Raises: NothingListening when the time was up and there was none; otherwise as `listen`.
+    """
+    opening = _Opening(url, codec, type, require, "connect")
+    return Channel(run(opening.connect(), opening.lane, timeout), opening.url, opening.codec, opening.capabilities)
+
+
+@overload
+def pair(url: str | Url, *, require: Collection[str] = ()) -> tuple[Channel[bytes], Channel[bytes]]: ...
+@overload
+def pair(
+    url: str | Url, *, codec: str | Codec[Any] | None = None, type: type[T], require: Collection[str] = ()
+) -> tuple[Channel[T], Channel[T]]: ...
+@overload
+def pair(
+    url: str | Url, *, codec: str | Codec[Any], require: Collection[str] = ()
+) -> tuple[Channel[Any], Channel[Any]]: ...
+def pair(
+    url: str | Url, *, codec: str | Codec[Any] | None = None, type: Any = None, require: Collection[str] = ()
+) -> tuple[Channel[Any], Channel[Any]]:
+    """Two connected ends, where the transport makes them (`pipe://`, `unix://`, `inproc://`, `shm://`). Arguments as `listen`."""
+    opening = _Opening(url, codec, type, require, "pair")
+    left, right = opening.pair()
+    return (
+        Channel(left, opening.url, opening.codec, opening.capabilities),
+        Channel(right, opening.url, opening.codec, opening.capabilities),
+    )
+
+
+async def alisten(
+    url: str | Url,
+    *,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: type[T] | None = None,
+    require: Collection[str] = (),
+) -> AsyncListener[T]:
+    """`listen`, awaited."""
+    opening = _Opening(url, codec, type, require, "listen")
+    return AsyncListener(await arun(opening.listen(), opening.lane, timeout), opening.codec, opening.capabilities)
+
+
+async def aconnect(
+    url: str | Url,
+    *,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: type[T] | None = None,
+    require: Collection[str] = (),
+) -> AsyncChannel[T]:
+    """`connect`, awaited."""
+    opening = _Opening(url, codec, type, require, "connect")
+    link = await arun(opening.connect(), opening.lane, timeout)
+    return AsyncChannel(link, opening.url, opening.codec, opening.capabilities)
+
+
+async def apair(
+    url: str | Url,
+    *,
+    codec: str | Codec[Any] | None = None,
+    type: type[T] | None = None,
+    require: Collection[str] = (),
+) -> tuple[AsyncChannel[T], AsyncChannel[T]]:
+    """`pair`, awaited."""
+    opening = _Opening(url, codec, type, require, "pair")
+    left, right = opening.pair()
+    return (
+        AsyncChannel(left, opening.url, opening.codec, opening.capabilities),
+        AsyncChannel(right, opening.url, opening.codec, opening.capabilities),
+    )
