@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
@@ -107,5 +106,7 @@ def _read_entry_points() -> None:
     global _entry_points_read
     if not _entry_points_read:
         _entry_points_read = True
+        from importlib.metadata import entry_points  # 15 ms of imports, for those who look further than our own table
+
         for point in entry_points(group=ENTRY_POINT_GROUP):
             _table.setdefault(point.name, point.value)

@@ -7,17 +7,19 @@ child of a fork. A `Lane` is one direction of an endpoint, in which callers queu
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import select
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import errors
 from ._spi import Steps, Wait
+
+if TYPE_CHECKING:  # a third of the import time of everything; who never runs a loop does not pay for it
+    import asyncio
 
 T = TypeVar("T")
 
@@ -86,6 +88,8 @@ class Gate:
             return self._bell
 
     def readiness(self) -> _Readiness:
+        import asyncio
+
         loop = asyncio.get_running_loop()
         found = self._loops.get(loop)
         if found is None:
@@ -254,6 +258,8 @@ class _Sleeper:
 
     def result(self) -> None:
         if self._cancelled is not None:
+            import asyncio
+
             raise asyncio.CancelledError(*self._cancelled)
 
     def exception(self) -> None:

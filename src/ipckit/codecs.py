@@ -7,8 +7,6 @@ are never unpickled unless `signed_pickle(key)` was asked for by name.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,6 +125,8 @@ def _with_path(text: str) -> str:
 
 def signed_pickle(key: bytes) -> Codec[Any]:
     """Pickle, with an HMAC-SHA256 of the bytes in front of them, so that only holders of `key` (16 bytes or more) are obeyed."""
+    import hashlib
+    import hmac
     import pickle
 
     if len(key) < 16:
