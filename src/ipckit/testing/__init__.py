@@ -1,0 +1,1 @@
+"""What tests of programs that use ipckit need: real servers without a human, and the conformance suite."""
