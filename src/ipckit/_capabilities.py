@@ -42,6 +42,7 @@ class Capabilities:
     native_topics: bool = False
 
     # Whom one talks to.
+    cross_process: bool = True  # the two may be different processes
     cross_machine: bool = False
     broker: bool = False  # needs a server of its own
     encrypted: bool = False
