@@ -121,13 +121,18 @@ class Gate:
 
 
 class Lane:
-    """One direction of one endpoint: who is in it may wait, the others wait for it."""
+    """One direction of one endpoint: who is in it may wait, the others wait for it.
 
-    __slots__ = ("gate", "mutex", "operation")
+    `passing`: what is waited for here belongs to something else afterwards (a handshake's descriptors go to the link), or
+    is closed; so an event loop forgets it after every sleep.
+    """
 
-    def __init__(self, gate: Gate, operation: str) -> None:
+    __slots__ = ("gate", "mutex", "operation", "passing")
+
+    def __init__(self, gate: Gate, operation: str, *, passing: bool = False) -> None:
         self.gate = gate
         self.operation = operation
+        self.passing = passing
         self.mutex = threading.Lock()
 
 
@@ -203,7 +208,7 @@ async def arun(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
         readiness = gate.readiness()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            await readiness.wait(wait, deadline)
+            await readiness.wait(wait, deadline, lane.passing)
             if gate.closed:
                 raise errors.Closed("closed while waiting", url=gate.url, operation=lane.operation)
             if deadline is not None and time.monotonic() >= deadline:
@@ -310,7 +315,7 @@ class _Readiness:
         self._sleepers: dict[tuple[int, int], list[_Sleeper]] = {}
         self._closed = False
 
-    async def wait(self, wait: Wait, deadline: float | None) -> None:
+    async def wait(self, wait: Wait, deadline: float | None, passing: bool) -> None:
         if self._closed:
             return
         sleeper = _Sleeper(self._loop)
@@ -337,6 +342,8 @@ class _Readiness:
                 if queue is not None:
                     with contextlib.suppress(ValueError):
                         queue.remove(sleeper)
+                    if passing and not queue:
+                        self._forget(key)
 
     def _fire(self, key: tuple[int, int]) -> None:
         queue = self._sleepers[key]

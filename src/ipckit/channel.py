@@ -422,7 +422,7 @@ class _BaseListener(_Endpoint, Generic[T]):
         super().__init__(listener, listener.url, capabilities)
         self._listener = listener
         self._codec = codec
-        self._lane = Lane(self._gate, "accept")
+        self._lane = Lane(self._gate, "accept", passing=True)
 
 
 class Listener(_BaseListener[T]):
@@ -500,7 +500,7 @@ class _Opening:
             )
         self.options = _options.read(self.transport.options, self.url)
         self.codec = choose(codec, type)
-        self.lane = Lane(Gate(self.url, lambda: None), operation)
+        self.lane = Lane(Gate(self.url, lambda: None), operation, passing=True)
 
     def listen(self) -> Steps[LinkListener]:
         return self.transport.listen(self.url, self.options)
