@@ -56,7 +56,7 @@ struct endpoint {
     uint64_t counters[4]; /* frames sent, bytes sent, frames received, bytes received */
     int64_t spin_ns;      /* resolved: never -1 */
     uint64_t limit;
-    int bell;             /* eventfd that close() rings; in every poll of a blocking call */
+    int bell;             /* eventfd that close() rings; in every poll of a blocking call. Closed with the descriptors (then -1) */
     unsigned inside;      /* calls that have let go of the GIL */
     unsigned generation;  /* of forks, when the link was made or adopted */
     bool closed;          /* close() was called; the descriptors go when inside is 0 */
@@ -96,12 +96,13 @@ static inline int lane_enter(struct endpoint *end, struct lane *lane, int64_t de
 }
 void lane_leave(struct lane *lane);
 
-/* Seconds of spinning that `auto` means here: 0 where this process may run on one core only. */
+/* Nanoseconds of spinning that `auto` (-1) means here: 0 where this process may run on one core only. */
 int64_t spin_budget(int64_t spin_ns);
 
 int endpoint_init(struct endpoint *end, PyObject *fail, PyObject *on_fork, uint64_t limit, int64_t spin_ns,
                   PyObject *native, PyObject *peer);
-void endpoint_clear(struct endpoint *end);
+void endpoint_clear(struct endpoint *end); /* the references; may run twice (tp_clear, then dealloc) */
+void endpoint_free(struct endpoint *end);  /* the locks and the bell; in dealloc only */
 int endpoint_traverse(struct endpoint *end, visitproc visit, void *arg);
 PyObject *endpoint_counters(struct endpoint *end);
 
