@@ -57,17 +57,21 @@ class Gate:
         """This process is a forked child of the one that opened the endpoint."""
         return self._generation != _generation
 
+    def refuse_foreign(self, operation: str) -> None:
+        """Raise ForkedError in a child. Comes before every lock: a thread that the child does not have may hold it."""
+        if self.foreign:
+            raise errors.ForkedError(
+                "opened before a fork, used in the child",
+                url=self.url,
+                operation=operation,
+                hint="open the endpoint in the process that uses it",
+            )
+
     def enter(self, operation: str) -> None:
+        self.refuse_foreign(operation)
         with self._mutex:
             if self.closed:
                 raise errors.Closed("this endpoint is closed", url=self.url, operation=operation)
-            if self.foreign:
-                raise errors.ForkedError(
-                    "opened before a fork, used in the child",
-                    url=self.url,
-                    operation=operation,
-                    hint="open the endpoint in the process that uses it",
-                )
             self._inside += 1
 
     def leave(self) -> None:
@@ -97,7 +101,13 @@ class Gate:
         return found
 
     def close(self) -> None:
-        """Idempotent. Returns at once; whoever sleeps inside wakes and raises `Closed`."""
+        """Idempotent. Returns at once; whoever sleeps inside wakes and raises `Closed`.
+
+        In a forked child nothing is released: the name and the goodbye are the parent's.
+        """
+        if self.foreign:
+            self.closed = True
+            return
         with self._mutex:
             if self.closed:
                 return
@@ -105,7 +115,7 @@ class Gate:
             last = not self._inside
             if self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
-        for readiness in self._loops.values():
+        for readiness in tuple(self._loops.values()):
             readiness.close()
         if last:
             self._finish()
@@ -145,8 +155,9 @@ def run(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
     `timeout`: seconds; None waits, 0 tries once. Raises what `steps` raises; at the deadline, what it makes of `Timeout`.
     """
     gate = lane.gate
+    gate.refuse_foreign(lane.operation)
     deadline = None if timeout is None else time.monotonic() + timeout
-    if not lane.mutex.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
+    if not lane.mutex.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)):
         steps.close()
         if gate.closed:
             raise errors.Closed("this endpoint is closed", url=gate.url, operation=lane.operation)
@@ -188,8 +199,8 @@ def _poll(wait: Wait, bell: int, deadline: float | None) -> None:
         remaining = max(deadline - time.monotonic(), 0)
         if wait.at_most is not None:
             remaining = min(remaining, wait.at_most)
-    # Rounded up: to wake before the deadline would be to wait twice.
-    poll.poll(None if remaining is None else int(remaining * 1000 + 0.999))
+    # Rounded up: to wake before the deadline would be to wait twice. A day at most: poll counts milliseconds in an int.
+    poll.poll(None if remaining is None else int(min(remaining, 86_400) * 1000 + 0.999))
 
 
 def _timed_out(lane: Lane, timeout: float | None) -> errors.Timeout:

@@ -14,7 +14,7 @@ import os
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
@@ -500,13 +500,21 @@ class _Opening:
             )
         self.options = _options.read(self.transport.options, self.url)
         self.codec = choose(codec, type)
-        self.lane = Lane(Gate(self.url, lambda: None), operation, passing=True)
+        self._lane = Lane(Gate(self.url, lambda: None), operation, passing=True)
 
     def listen(self) -> Steps[LinkListener]:
         return self.transport.listen(self.url, self.options)
 
     def connect(self) -> Steps[Link]:
         return self.transport.connect(self.url, self.options)
+
+    def run(self, steps: Steps[T], timeout: float | None) -> T:
+        with closing(self._lane.gate):
+            return run(steps, self._lane, timeout)
+
+    async def arun(self, steps: Steps[T], timeout: float | None) -> T:
+        with closing(self._lane.gate):
+            return await arun(steps, self._lane, timeout)
 
     def pair(self) -> tuple[Link, Link]:
         return self.transport.pair(self.url, self.options)
@@ -547,7 +555,7 @@ def listen(
     Raises: BadUrl, UnknownScheme, BadOption, MissingDependency, Unsupported, AddressInUse, AccessDenied, Timeout.
     """
     opening = _Opening(url, codec, type, require, "listen")
-    return Listener(run(opening.listen(), opening.lane, timeout), opening.codec, opening.capabilities)
+    return Listener(opening.run(opening.listen(), timeout), opening.codec, opening.capabilities)
 
 
 @overload
@@ -580,7 +588,7 @@ def connect(
     Raises: NothingListening when the time was up and there was none; otherwise as `listen`.
     """
     opening = _Opening(url, codec, type, require, "connect")
-    return Channel(run(opening.connect(), opening.lane, timeout), opening.url, opening.codec, opening.capabilities)
+    return Channel(opening.run(opening.connect(), timeout), opening.url, opening.codec, opening.capabilities)
 
 
 @overload
@@ -615,7 +623,7 @@ async def alisten(
 ) -> AsyncListener[T]:
     """`listen`, awaited."""
     opening = _Opening(url, codec, type, require, "listen")
-    return AsyncListener(await arun(opening.listen(), opening.lane, timeout), opening.codec, opening.capabilities)
+    return AsyncListener(await opening.arun(opening.listen(), timeout), opening.codec, opening.capabilities)
 
 
 async def aconnect(
@@ -628,7 +636,7 @@ async def aconnect(
 ) -> AsyncChannel[T]:
     """`connect`, awaited."""
     opening = _Opening(url, codec, type, require, "connect")
-    link = await arun(opening.connect(), opening.lane, timeout)
+    link = await opening.arun(opening.connect(), timeout)
     return AsyncChannel(link, opening.url, opening.codec, opening.capabilities)
 
 
