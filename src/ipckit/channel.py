@@ -246,8 +246,10 @@ class _Endpoint:
     def __del__(self) -> None:
         gate = getattr(self, "_gate", None)
         if gate is not None and not gate.closed and not gate.foreign:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
-            self._close()
+            try:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
+            finally:  # a warning may be an error
+                self._close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}{' closed' if self.closed else ''}>"
