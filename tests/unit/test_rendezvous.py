@@ -63,7 +63,7 @@ class Outbox:
     native = None
 
     def __init__(self, box):
-        self.box = box
+        self.box, self.max_frame = box, box.hub.max_frame
 
     def try_put(self, frame, priority=0):
         with self.box.hub.mutex:

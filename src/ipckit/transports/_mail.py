@@ -67,6 +67,8 @@ class Outbox(Protocol):
     """The peer's mailbox, which we write. One thread at a time."""
 
     native: Any
+    #: Bytes of the largest frame; larger messages go in fragments. At least MAX_GREETING.
+    max_frame: int
 
     def try_put(self, frame: bytes, priority: int = 0) -> bool:
         """Take the frame whole, or return False when there is no room now.
@@ -113,8 +115,6 @@ class Post(Protocol):
     """One transport at one URL: how mailboxes are made and found."""
 
     url: Url
-    #: Bytes of the largest frame; larger messages go in fragments. At least MAX_GREETING.
-    max_frame: int
     #: None: the mailbox itself refuses a frame when it is full.
     window: Window | None
     #: Levels of `try_put(priority=)`.
@@ -153,7 +153,7 @@ class MailLink:
         self._url = post.url
         self._inbox, self._outbox, self._watch = inbox, outbox, watch
         self._limit, self._send_limit = limit, min(limit, peer_limit)
-        self._chunk = post.max_frame
+        self._chunk = outbox.max_frame
         self._window, self._levels = post.window, post.priorities
         self._mutex = threading.Lock()
         self._closed = False
