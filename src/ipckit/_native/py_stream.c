@@ -1008,7 +1008,7 @@ static PyType_Slot slots[] = {
 static PyType_Spec spec = {
     .name = "ipckit._native.StreamLink",
     .basicsize = sizeof(StreamLink),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_BASETYPE,
     .slots = slots,
 };
 

@@ -13,16 +13,25 @@ from typing import Any
 
 from .. import _native, errors
 from .._url import Url
-from ._oserror import map_oserror
+from ._oserror import GONE, map_oserror
 
-#: (operation, inside a frame) -> what an end of file without a goodbye means.
-Ended = Callable[[str, bool], errors.PeerError]
+#: What an end without a goodbye means: (operation, None) for an end of file between two messages; the second is words
+#: ("inside a message", "(Broken pipe)") when something was cut off, and then only PeerDied is an honest answer.
+Ended = Callable[[str, str | None], errors.PeerError]
 Fail = Callable[[int, str, Any], BaseException]
 
 
 def make_fail(url: Url, ended: Ended) -> Fail:
     """The `fail` of one native link. `ended` is asked at most once."""
     verdict: list[errors.PeerError] = []
+
+    def gone(operation: str, broken: str | None) -> errors.PeerError:
+        if not verdict:
+            verdict.append(ended(operation, broken))
+        first = verdict[0]  # and a new exception each time: one that is raised twice drags its old traceback along
+        if isinstance(first, errors.PeerDied):
+            return errors.PeerDied(first.message, url=url, operation=operation, hint=first.hint, pid=first.pid)
+        return type(first)(first.message, url=url, operation=operation, hint=first.hint)
 
     def fail(reason: int, operation: str, detail: Any) -> BaseException:
         match reason:
@@ -40,9 +49,7 @@ def make_fail(url: Url, ended: Ended) -> Fail:
             case _native.GOODBYE:
                 return errors.PeerClosed("the peer closed", url=url, operation=operation)
             case _native.ENDED:
-                if not verdict:
-                    verdict.append(ended(operation, bool(detail)))
-                return _again(verdict[0], operation)
+                return gone(operation, "inside a message" if detail else None)
             case _native.TOO_LARGE:
                 size, limit = detail
                 return errors.MessageTooLarge(
@@ -54,15 +61,9 @@ def make_fail(url: Url, ended: Ended) -> Fail:
                 return errors.Unsupported(str(detail), url=url, operation=operation)
             case _:
                 cause = OSError(detail, os.strerror(detail))
-                mapped = map_oserror(cause, url, operation)
+                broken = detail in GONE
+                mapped = gone(operation, f"({cause.strerror})") if broken else map_oserror(cause, url, operation)
                 mapped.__cause__ = cause
                 return mapped
 
     return fail
-
-
-def _again(first: errors.PeerError, operation: str) -> errors.PeerError:
-    """The same, as a new exception: one that is raised twice would drag its old traceback along."""
-    if isinstance(first, errors.PeerDied):
-        return errors.PeerDied(first.message, url=first.url, operation=operation, hint=first.hint, pid=first.pid)
-    return type(first)(first.message, url=first.url, operation=operation, hint=first.hint)

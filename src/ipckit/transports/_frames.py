@@ -1,0 +1,57 @@
+"""The framing of byte streams in Python, for streams that the native core cannot read (TLS). No I/O.
+
+4-byte big-endian length | payload       docs/wire/stream.md
+"""
+
+from __future__ import annotations
+
+import struct
+
+_HEADER = struct.Struct(">I")
+HEADER_SIZE = _HEADER.size
+
+
+class FrameTooLong(ValueError):
+    """A prefix announces more than the limit."""
+
+
+class FrameDecoder:
+    """Bytes in by `feed`, frames out by `next`. Memory grows with what came, not with what a prefix announces."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+        self._start = 0
+
+    def feed(self, data: bytes | memoryview) -> None:
+        if self._start:
+            del self._buffer[: self._start]
+            self._start = 0
+        self._buffer += data
+
+    def next(self) -> bytes | None:
+        """The next whole frame, or None. Raises FrameTooLong, as soon as the prefix is here."""
+        start = self._start + HEADER_SIZE
+        if len(self._buffer) < start:
+            return None
+        (size,) = _HEADER.unpack_from(self._buffer, self._start)
+        if size > self._limit:
+            raise FrameTooLong(f"length prefix {size} is above the limit of {self._limit}")
+        if len(self._buffer) < start + size:
+            return None
+        with memoryview(self._buffer) as view:
+            frame = bytes(view[start : start + size])
+        self._start = start + size
+        if self._start == len(self._buffer):
+            self._buffer.clear()
+            self._start = 0
+        return frame
+
+    @property
+    def inside(self) -> bool:
+        """Part of a frame is here."""
+        return len(self._buffer) > self._start
+
+
+def header(size: int) -> bytes:
+    return _HEADER.pack(size)

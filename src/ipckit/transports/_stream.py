@@ -1,0 +1,117 @@
+"""What the byte-stream transports share: unix, tcp, pipe, fifo are descriptors below a native StreamLink.
+
+Frames are a 4-byte big-endian length and the payload. An end that closes in order writes ff ff ff ff, a length that no frame
+can have, as its last four bytes: the kernel shows the death of a peer as the same end of file as its close(), and to take the
+one for the other would be to truncate silently. docs/adr/0003-goodbye.md weighs it.
+
+    make_link(url, options, rfd, wfd)     the fds are non-blocking, and the link's from now on
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from .. import _native as native_core
+from .. import _options, errors
+from .._options import option
+from .._spi import Peer, Wait
+from .._url import Url
+from ._native import Ended, make_fail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions(_options.LinkOptions):
+    spin: float | None = option(None, _options.spin, "how long to spin before sleeping, or auto")
+    goodbye: bool = option(
+        True, _options.flag, "off: the peer writes none (a foreign client); its death may look like its end"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """`.native` of a stream: the numbers, for looking. The link owns them."""
+
+    read: int
+    write: int
+
+    def socket(self) -> socket.socket:
+        """A socket object of its own descriptor on the same connection: for options, not for reading or writing."""
+        return socket.socket(fileno=os.dup(self.read))
+
+
+class FdLink(native_core.StreamLink):
+    """A StreamLink that a forked child lets go of."""
+
+    native: Descriptors
+
+    def abandon(self) -> None:
+        let_go(self.native)
+
+
+def let_go(descriptors: Descriptors) -> None:
+    """Drop our copies of a stream that lives on in another process.
+
+    The numbers stay taken, by /dev/null: the link still knows them, and will close them.
+    """
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in {descriptors.read, descriptors.write}:
+        os.dup2(null, fd, inheritable=False)
+    os.close(null)
+
+
+def make_link(
+    url: Url,
+    options: StreamOptions,
+    rfd: int,
+    wfd: int,
+    *,
+    peer: Peer | None = None,
+    ended: Ended | None = None,
+) -> FdLink:
+    """A link over these descriptors (one socket: twice the same). `ended`: what an end of file without a goodbye means."""
+
+    def on_fork() -> None:
+        raise forked(url)
+
+    return FdLink(
+        rfd,
+        wfd,
+        make_fail(url, ended or ended_unknown(url, options)),
+        on_fork,
+        options.limit,
+        spin_ns(options),
+        options.goodbye,
+        Wait,
+        Descriptors(rfd, wfd),
+        peer or Peer(),
+    )
+
+
+def spin_ns(options: StreamOptions) -> int:
+    return -1 if options.spin is None else int(options.spin * 1e9)
+
+
+def forked(url: Url) -> errors.ForkedError:
+    return errors.ForkedError(
+        "opened before a fork, used in the child", url=url, hint="open the endpoint in the process that uses it"
+    )
+
+
+def ended_unknown(url: Url, options: StreamOptions) -> Ended:
+    """Where nobody can be asked: without a goodbye, the worse is assumed."""
+
+    def ended(operation: str, broken: str | None) -> errors.PeerError:
+        if broken is not None:
+            return errors.PeerDied(f"the peer ended {broken}", url=url, operation=operation)
+        if not options.goodbye:
+            return errors.PeerClosed("the peer closed", url=url, operation=operation)
+        return errors.PeerDied(
+            "the peer ended without a goodbye: it was killed, or it is a foreign client that writes none",
+            url=url,
+            operation=operation,
+            hint="?goodbye=off takes its end of file for a close",
+        )
+
+    return ended
