@@ -236,10 +236,11 @@ class MailLink:
     def _look(self) -> None:
         """Look for credit, for a BYE and for a death on behalf of a sender, who may have no receiver beside it.
 
-        What it finds on the way is stashed. The peer's window bounds that; without one, a single frame is looked at.
+        What it finds on the way is stashed. The peer's window bounds that; without one, a single frame is looked at, and
+        all of them once the peer is gone, for the BYE may be behind them.
         """
         bound = 1 if self._window is None else self._window.frames + 2
-        while self._end is None and len(self._stash) < bound:
+        while self._end is None and (len(self._stash) < bound or self._watch.gone() is not None):
             frame = self._pull()
             if frame is None:
                 return

@@ -116,6 +116,13 @@ def bind(url: Url, path: Path, kind: int = socket.SOCK_STREAM) -> tuple[socket.s
     return sock, name
 
 
+def take(url: Url, path: Path) -> Name:
+    """The lock that goes with a name, for a transport that puts something else than a socket there. Raises AddressInUse."""
+    name = _take(url, path)
+    _held.add(name)
+    return name
+
+
 def _take(url: Url, path: Path) -> Name:
     lock_path = _lock_path(path)
     while True:

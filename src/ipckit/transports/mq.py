@@ -1,0 +1,423 @@
+"""`mq://name`: POSIX message queues, the kernel's own mailboxes, with priorities.
+
+Each side of a channel makes one queue and reads it; the other writes it. Messages above the queue's frame size go in fragments,
+so the only limit is `limit=`. `send(value, priority=n)`, 0 to 31, higher first; the same priority keeps its order.
+
+A queue says nothing about who holds it, so three things stand beside it in the runtime directory:
+
+    NAME.mq, NAME.mq.lock     the listener's card (JSON), and the lock that says that it lives
+    mq/PID.START.N            one for each queue: a FIFO, made before the queue of the same name and removed after it
+
+The FIFO is the *lifeline*: its maker writes one byte into it when it closes, because the queue may be full just then; its
+death is heard by a pidfd. And it is the record of the queue: whoever starts next finds those of the dead and removes
+both. Once both ends hold a session's queue, its names are gone: after a `kill -9` nothing is left.
+
+Kernel limits: fs.mqueue.{msg_max,msgsize_max,queues_max}, and RLIMIT_MSGQUEUE bytes for all queues of a user. When
+the last one is short, smaller queues are made before giving up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import _options, errors
+from .._capabilities import Capabilities
+from .._options import option
+from .._spi import Link, Listener, Peer, Steps, Transport, Wait
+from .._url import Url
+from . import _owner, _rendezvous, _runtime
+from ._mail import Card, Inbox, Outbox, Watch, Window
+from ._oserror import map_oserror
+from ._unixsock import Name, take
+
+if TYPE_CHECKING:
+    import posix_ipc
+
+_LEVELS = 32  # _POSIX_MQ_PRIO_MAX, which every system has; Linux has 32768
+_LIMITS = Path("/proc/sys/fs/mqueue")
+_POLLIN, _POLLOUT = select.POLLIN, select.POLLOUT
+_QUEUES = 18  # of the first size, that the user's budget has room for: two for each channel
+_SMALLEST = (4, _rendezvous.MAX_GREETING)  # messages, bytes each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MqOptions(_options.LinkOptions):
+    depth: int | None = option(
+        None, _options.integer(2, 65536), "messages that a queue holds; default: fs.mqueue.msg_max"
+    )
+    frame: int | None = option(
+        None, _options.size, "bytes of a frame; larger messages are fragmented; default: fs.mqueue.msgsize_max"
+    )
+
+
+def _limit(name: str, otherwise: int) -> int:
+    try:
+        return int((_LIMITS / name).read_text())
+    except (OSError, ValueError):
+        return otherwise
+
+
+class _Post:
+    """Mailboxes of this transport. See `_mail.Post`."""
+
+    window: Window | None = None
+    priorities = _LEVELS
+
+    def __init__(self, url: Url, options: MqOptions) -> None:
+        self.url = url
+        self._file = _runtime.path_for(url, ".mq")
+        self._records = _runtime.runtime_dir() / "mq"
+        self._sizes = self._choose(options)
+
+    def _choose(self, options: MqOptions) -> list[tuple[int, int]]:
+        """(messages, bytes each), the best first."""
+        msg_max, msgsize_max = _limit("msg_max", 10), _limit("msgsize_max", 8192)
+        depth = options.depth or min(msg_max, 64)
+        budget = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
+        share = msgsize_max if budget == resource.RLIM_INFINITY else budget // (_QUEUES * depth)
+        frame = options.frame or max(min(msgsize_max, share), _SMALLEST[1])
+        if frame < _SMALLEST[1]:
+            raise errors.BadOption(f"frame= must be at least {_SMALLEST[1]}", url=self.url)
+        for wanted, allowed, name in ((depth, msg_max, "msg_max"), (frame, msgsize_max, "msgsize_max")):
+            if wanted > allowed and os.geteuid() != 0:
+                raise errors.ResourceLimit(
+                    f"{wanted} is above fs.mqueue.{name}, which is {allowed}",
+                    url=self.url,
+                    hint=f"as root: sysctl fs.mqueue.{name}={wanted}",
+                )
+        sizes = [(depth, frame)]
+        if options.depth is None and options.frame is None:
+            while frame > _SMALLEST[1]:
+                frame = max(frame // 2, _SMALLEST[1])
+                sizes.append((depth, frame))
+            sizes.append(_SMALLEST)
+        return sizes
+
+    # the listener's name
+
+    def open_rendezvous(self) -> Steps[Inbox]:
+        with _mapped(self.url, "listen"):
+            name = take(self.url, self._file)
+            try:
+                queue = self._make((10, _rendezvous.MAX_GREETING))
+                try:
+                    text = json.dumps(queue.card | {"desk": 1}).encode()
+                    draft = self._file.with_name(self._file.name + ".new")
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(draft)
+                    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                    with open(fd, "wb") as file:
+                        file.write(text)
+                    os.rename(draft, self._file)
+                    name.bound()
+                except BaseException:
+                    queue.close()
+                    raise
+            except BaseException:
+                name.release()
+                raise
+        queue.name = name
+        return queue
+        yield  # pragma: no cover
+
+    def find(self) -> Steps[Card | None]:
+        with _mapped(self.url, "connect"):
+            try:
+                fd = os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError:
+                return None
+            with open(fd, "rb") as file:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+                    raise errors.AccessDenied(f"{self._file} is not ours", url=self.url, operation="connect")
+                text = file.read(_rendezvous.MAX_GREETING)
+            try:
+                card = json.loads(text)
+                owner = _owner.owner_of(card["queue"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise errors.ProtocolError(f"{self._file} is no card", url=self.url, operation="connect") from error
+            return card if owner is not None and owner.alive() else None
+        yield  # pragma: no cover
+
+    # sessions
+
+    def open_inbox(self) -> Steps[Inbox]:
+        with _mapped(self.url, "open"):
+            return self._make(*self._sizes)
+        yield  # pragma: no cover
+
+    def open_outbox(self, card: Card) -> Steps[tuple[Outbox, Watch]]:
+        with _mapped(self.url, "open"):
+            queue = card.get("queue")
+            if not isinstance(queue, str) or not _owner.NAME.fullmatch(queue):
+                raise errors.ProtocolError("the card names no queue", url=self.url)
+            watch = _MqWatch(self.url, queue, self._records / queue)
+            try:
+                outbox = _MqOutbox(_open(self.url, queue))
+            except BaseException:
+                watch.close()
+                raise
+            if not card.get("desk"):
+                self._remove(queue)  # both ends hold it now; nothing is left after a kill
+            return outbox, watch
+        yield  # pragma: no cover
+
+    def _make(self, *sizes: tuple[int, int]) -> _MqInbox:
+        """A queue, as large as the user's budget allows, with its record made before it."""
+        import posix_ipc
+
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._records, 0o700)
+        _owner.sweep(self._records, self._remove)
+        name = _owner.fresh_name()
+        record = self._records / name
+        os.mkfifo(record, 0o600)
+        lifeline = -1
+        try:
+            lifeline = os.open(record, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            for messages, size in sizes:
+                try:
+                    queue = posix_ipc.MessageQueue(
+                        _path(name), posix_ipc.O_CREX, mode=0o600, max_messages=messages, max_message_size=size
+                    )
+                except ValueError as error:
+                    raise errors.ResourceLimit(
+                        f"a queue of {messages} messages of {size} bytes is refused",
+                        url=self.url,
+                        hint="see fs.mqueue.msg_max and fs.mqueue.msgsize_max",
+                    ) from error
+                except OSError as error:
+                    # posix_ipc has the same words for RLIMIT_MSGQUEUE and for no descriptors, and no errno.
+                    if (messages, size) != sizes[-1]:
+                        continue
+                    raise self._no_room(error) from error
+                return _MqInbox(self, queue, name, lifeline)
+            raise AssertionError("no size was tried")
+        except BaseException:
+            if lifeline >= 0:
+                os.close(lifeline)
+            os.unlink(record)
+            raise
+
+    def _no_room(self, error: OSError) -> errors.ResourceLimit:
+        try:
+            os.close(os.dup(2))
+        except OSError as full:
+            return errors.ResourceLimit("no descriptors are left", url=self.url, hint=f"ulimit -n: {full.strerror}")
+        budget = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
+        return errors.ResourceLimit(
+            f"the kernel makes no more queues: {error}",
+            url=self.url,
+            hint=f"all queues of a user share RLIMIT_MSGQUEUE, {budget} bytes: close some, or raise it with `ulimit -q` "
+            f"or LimitMSGQUEUE=; or raise fs.mqueue.queues_max, {_limit('queues_max', 256)}",
+        )
+
+    def _remove(self, name: str) -> None:
+        """The queue first: as long as it exists, its record does."""
+        _unlink(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._records / name)
+
+
+def _path(name: str) -> str:
+    return f"/ipckit.{os.geteuid()}.{name}"
+
+
+def _unlink(name: str) -> None:
+    import posix_ipc
+
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_message_queue(_path(name))
+
+
+def _open(url: Url, name: str) -> posix_ipc.MessageQueue:
+    import posix_ipc
+
+    try:
+        queue = posix_ipc.MessageQueue(_path(name))
+    except posix_ipc.ExistentialError as error:
+        raise errors.NothingListening("the queue is gone", url=url) from error
+    if os.fstat(queue.mqd).st_uid != os.geteuid():
+        queue.close()
+        raise errors.AccessDenied("the queue belongs to somebody else", url=url)
+    return queue
+
+
+@contextlib.contextmanager
+def _mapped(url: Url, operation: str) -> Iterator[None]:
+    """The one place where a foreign error becomes ours."""
+    import posix_ipc
+
+    try:
+        yield
+    except posix_ipc.PermissionsError as error:
+        raise errors.AccessDenied("the queue belongs to somebody else", url=url, operation=operation) from error
+    except posix_ipc.Error as error:
+        raise errors.IpcError(str(error), url=url, operation=operation) from error
+    except OSError as error:
+        if isinstance(error, errors.IpcError):
+            raise
+        raise map_oserror(error, url, operation) from error
+
+
+# -- the mailboxes --------------------------------------------------------------------------------------------------
+
+
+class _MqInbox:
+    def __init__(self, post: _Post, queue: posix_ipc.MessageQueue, name: str, lifeline: int) -> None:
+        import posix_ipc
+
+        self.native = queue
+        self.card: Card = {"queue": name}
+        self.name: Name | None = None  # of the listener
+        self._busy = posix_ipc.BusyError
+        self._post = post
+        self._lifeline = lifeline
+        queue.block = False
+        self._receive = queue.receive
+        self._wait = Wait(((queue.mqd, _POLLIN),))
+
+    def try_get(self) -> bytes | None:
+        try:
+            frame: bytes = self._receive()[0]
+        except self._busy:
+            return None
+        return frame
+
+    def settled(self) -> bool:
+        return True
+
+    def arm(self) -> Wait:
+        return self._wait
+
+    def close(self) -> None:
+        if self.name is not None:
+            self.name.release()  # first, so that nobody finds a queue that is about to go
+        with contextlib.suppress(OSError):  # full: it holds a byte already
+            os.write(self._lifeline, b".")
+        self._post._remove(str(self.card["queue"]))
+        self.abandon()
+
+    def abandon(self) -> None:
+        self.native.close()
+        os.close(self._lifeline)
+
+
+class _MqOutbox:
+    def __init__(self, queue: posix_ipc.MessageQueue) -> None:
+        import posix_ipc
+
+        self.native = queue
+        self.max_frame = queue.max_message_size
+        self._busy = posix_ipc.BusyError
+        queue.block = False
+        self._send = queue.send
+        self._full = False
+        self._room = Wait(((queue.mqd, _POLLOUT),))
+
+    def try_put(self, frame: bytes, priority: int = 0) -> bool:
+        try:
+            self._send(frame, priority=priority)
+        except self._busy:
+            self._full = True
+            return False
+        self._full = False
+        return True
+
+    def try_flush(self) -> bool:
+        return True
+
+    def arm(self) -> Wait:
+        return self._room if self._full else Wait(())
+
+    def close(self, farewell: bytes | None) -> None:
+        if farewell is not None:
+            self.try_put(farewell)  # if there is no room, the lifeline says it
+        self.abandon()
+
+    def abandon(self) -> None:
+        self.native.close()
+
+
+class _MqWatch:
+    """The maker of a queue: its lifeline for a close, its pidfd for a death."""
+
+    def __init__(self, url: Url, name: str, lifeline: Path) -> None:
+        owner = _owner.owner_of(name)
+        assert owner is not None
+        self._url = url
+        pidfd = owner.pidfd()
+        if pidfd is None:
+            raise errors.NothingListening("the peer is dead", url=url)
+        try:
+            self._lifeline = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            os.close(pidfd)
+            raise errors.NothingListening("the peer closed", url=url) from error
+        except BaseException:
+            os.close(pidfd)
+            raise
+        self._pidfd = pidfd
+        found = os.fstat(self._lifeline)
+        if not stat.S_ISFIFO(found.st_mode) or found.st_uid != os.geteuid():
+            self.close()
+            raise errors.AccessDenied(f"{lifeline} is not ours", url=url)
+        self.peer = Peer(pid=owner.pid, uid=found.st_uid, gid=found.st_gid)
+        self._poll = select.poll()
+        self._poll.register(self._lifeline, _POLLIN)
+        self._poll.register(pidfd, _POLLIN)
+        self._wait = Wait(((self._lifeline, _POLLIN), (pidfd, _POLLIN)))
+
+    def gone(self) -> errors.PeerError | None:
+        events = dict(self._poll.poll(0))
+        if not events:
+            return None
+        if events.get(self._lifeline, 0) & _POLLIN:
+            return errors.PeerClosed("the peer closed", url=self._url)
+        return errors.PeerDied("the peer's process ended", url=self._url, pid=self.peer.pid)
+
+    def arm(self) -> Wait:
+        return self._wait
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+        os.close(self._lifeline)
+
+    abandon = close
+
+
+# -- the transport --------------------------------------------------------------------------------------------------
+
+
+class MqTransport(Transport[MqOptions]):
+    capabilities = Capabilities(
+        patterns=frozenset({"channel"}),
+        priorities=_LEVELS,
+        peer_credentials=True,
+        model="messages that the kernel keeps in queues by priority",
+        synchronisation="no",
+        data="discrete messages with a priority",
+        decoupled=True,
+        use_case="jobs and commands between the processes of one machine, the urgent ones first",
+    )
+    options = MqOptions
+    requires = ("posix_ipc",)
+    extra = "mq"
+
+    def listen(self, url: Url, options: MqOptions) -> Steps[Listener]:
+        return (yield from _rendezvous.listen(_Post(url, options), options.limit))
+
+    def connect(self, url: Url, options: MqOptions) -> Steps[Link]:
+        return (yield from _rendezvous.connect(_Post(url, options), options.limit))
+
+
+TRANSPORT = MqTransport()
