@@ -275,6 +275,10 @@ class _BaseChannel(_Endpoint, Generic[T]):
     def stats(self) -> ChannelStats:
         return ChannelStats(*self._fused.counters())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For multiprocessing: an end of a `pipe://` pair passes to a child. Other links refuse to be pickled."""
+        return type(self), (self._link, self.url, self._codec, self.capabilities)
+
     def fileno(self) -> int:
         """A descriptor that becomes readable when a message may have come. Raises Unsupported where there is none."""
         if self.closed:
@@ -496,7 +500,7 @@ class _Opening:
         self.capabilities = self.transport.capabilities_of(self.url)
         if "channel" not in self.capabilities.patterns:
             raise errors.Unsupported("this transport has no channels", url=self.url, operation=operation)
-        if operation != "pair" and not self.capabilities.listen:
+        if operation == "listen" and not self.capabilities.listen:
             raise errors.Unsupported(
                 "this transport has no names to listen at", url=self.url, operation=operation, hint="use pair()"
             )

@@ -31,6 +31,12 @@ class Codec(Generic[T]):
     name: str
     encode: Callable[[T], Buffer]
     decode: Callable[[bytes], T]
+    recipe: tuple[str, Any] | None = None  # `choose(*recipe)` is this codec: how it gets into another process
+
+    def __reduce__(self) -> tuple[Callable[..., Codec[Any]], tuple[Any, ...]]:
+        if self.recipe is not None:
+            return choose, self.recipe
+        return Codec, (self.name, self.encode, self.decode)
 
 
 def _same(value: Any) -> Any:
@@ -38,7 +44,7 @@ def _same(value: Any) -> Any:
 
 
 #: Buffers as they are: no function is called at all on the hot path.
-RAW: Codec[Any] = Codec("bytes", _same, _same)
+RAW: Codec[Any] = Codec("bytes", _same, _same, ("bytes", None))
 
 
 def choose(codec: str | Codec[Any] | None, type: Any = None) -> Codec[Any]:
@@ -84,7 +90,7 @@ def _msgpack() -> Codec[Any]:
         except Exception as error:  # msgpack raises plain ValueError, and its own kinds without a common root
             raise CodecError(f"this is no msgpack: {error}") from error
 
-    return Codec("msgpack", encode, decode)
+    return Codec("msgpack", encode, decode, ("msgpack", None))
 
 
 def _typed(wire: str, type: Any) -> Codec[Any]:
@@ -109,7 +115,7 @@ def _typed(wire: str, type: Any) -> Codec[Any]:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CodecError(f"this is no {wire}: {error}") from error
 
-    return Codec(wire, encode, decode)
+    return Codec(wire, encode, decode, (wire, type))
 
 
 _AT = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>.*)`)?\Z", re.DOTALL)

@@ -29,12 +29,12 @@ class StreamOptions(_options.LinkOptions):
     )
 
 
-@dataclass(frozen=True, slots=True)
 class Descriptors:
     """`.native` of a stream: the numbers, for looking. The link owns them."""
 
-    read: int
-    write: int
+    def __init__(self, read: int, write: int) -> None:
+        self.read = read
+        self.write = write
 
     def socket(self) -> socket.socket:
         """A socket object of its own descriptor on the same connection: for options, not for reading or writing."""
@@ -45,9 +45,15 @@ class FdLink(native_core.StreamLink):
     """A StreamLink that a forked child lets go of."""
 
     native: Descriptors
+    closed = False
+
+    def close(self, goodbye: bool = True) -> None:
+        self.closed = True
+        super().close(goodbye)
 
     def abandon(self) -> None:
-        let_go(self.native)
+        if not self.closed:
+            let_go(self.native)
 
 
 def let_go(descriptors: Descriptors) -> None:
