@@ -37,8 +37,8 @@ typedef struct {
     bool goodbye;        /* the flag of the constructor */
     bool letting_go;     /* close(goodbye=False): another process goes on with the stream */
     bool parted;         /* the farewell has been tried */
-    bool adaptive;       /* spin=auto: spin_now varies between 0 and end.spin_ns */
-    int64_t spin_now;
+    bool adaptive;       /* spin=auto */
+    unsigned skip, penalty; /* waits that go by without a spin: still, and after the last failure */
     enum stream_status ended; /* why sending is refused; STREAM_OK while it is not */
     int ended_errno;
 } StreamLink;
@@ -168,52 +168,55 @@ static int may_go_on(StreamLink *self, enum stream_status status, const char *op
 
 /* -- receiving ------------------------------------------------------------------------------------------------- */
 
-/* `auto` spins as long as spinning would have been enough lately, and halves it each time that it was not; so an idle link sleeps
- * after a few waits, and a busy one spins again after one short one. */
-static void adapt(StreamLink *self, int64_t waited)
+/* `auto`: a spin that found nothing lets 1, 2, 4 ... 64 waits go by without one, and a spin that found something lets none. So an
+ * idle link burns one spin in 65 waits, and one that has become busy spins again 64 messages later at the latest. */
+static int64_t spin_time(StreamLink *self)
 {
-    if (waited <= self->end.spin_ns)
-        self->spin_now = self->end.spin_ns;
-    else
-        self->spin_now = self->spin_now > 2000 ? self->spin_now / 2 : 0;
+    if (self->skip == 0)
+        return self->end.spin_ns;
+    self->skip--;
+    return 0;
+}
+
+static void learn(StreamLink *self, bool found)
+{
+    self->penalty = found ? 0 : self->penalty == 0 ? 1 : self->penalty < 64 ? 2 * self->penalty : 64;
+    self->skip = self->penalty;
 }
 
 static int wait_for_input(StreamLink *self, int64_t deadline, const char *operation)
 {
-    int64_t since = self->end.spin_ns ? now_ns() : 0;
     bool found = false;
-    for (int64_t left = self->spin_now; left > 0 && !found; left -= SPIN_SLICE_NS) {
-        int64_t until = now_ns() + (left < SPIN_SLICE_NS ? left : SPIN_SLICE_NS);
-        if (until > deadline) {
-            until = deadline;
-            left = 0;
+    int64_t spin = spin_time(self);
+    if (spin) {
+        int64_t now = now_ns(), until = deadline - now < spin ? deadline : now + spin;
+        while (!found && now < until) {
+            int64_t slice = until - now < SPIN_SLICE_NS ? until : now + SPIN_SLICE_NS;
+            Py_BEGIN_ALLOW_THREADS
+            found = stream_spin(&self->in, slice);
+            Py_END_ALLOW_THREADS
+            /* A signal of this slice would not end the sleep that follows. */
+            if (may_go_on(self, STREAM_SIGNAL, operation) < 0)
+                return -1;
+            now = slice;
         }
-        Py_BEGIN_ALLOW_THREADS
-        found = stream_spin(&self->in, until);
-        Py_END_ALLOW_THREADS
-        /* A signal of this slice would not end the sleep that follows. */
-        if (may_go_on(self, STREAM_SIGNAL, operation) < 0)
-            return -1;
+        if (self->adaptive)
+            learn(self, found);
+        if (found)
+            return 0;
     }
-    if (!found) {
-        enum stream_status status;
-        struct stream_writer *rest = NULL;
-        if (stream_pending(&self->out) && !self->end.send.busy) {
-            self->end.send.busy = true;
-            rest = &self->out;
-        }
-        Py_BEGIN_ALLOW_THREADS
-        status = stream_await(&self->in, rest, self->end.bell, deadline);
-        Py_END_ALLOW_THREADS
-        if (rest)
-            lane_leave(&self->end.send);
-        if (may_go_on(self, status, operation) < 0)
-            return -1;
-        found = status == STREAM_OK;
+    struct stream_writer *rest = NULL;
+    if (stream_pending(&self->out) && !self->end.send.busy) {
+        self->end.send.busy = true;
+        rest = &self->out;
     }
-    if (found && self->adaptive)
-        adapt(self, now_ns() - since);
-    return 0;
+    enum stream_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = stream_await(&self->in, rest, self->end.bell, deadline);
+    Py_END_ALLOW_THREADS
+    if (rest)
+        lane_leave(&self->end.send);
+    return may_go_on(self, status, operation);
 }
 
 /* Memory for the large frame that has begun: the caller's, if it was given, else a bytes object. Its pages are touched only as data
@@ -872,6 +875,8 @@ static void shut(StreamLink *self)
     else { /* whoever leaves last releases; the farewell need not wait for that */
         part(self);
         eventfd_write(self->end.bell, 1);
+        if (self->in.socket && self->end.recv.busy && !self->letting_go)
+            shutdown(self->in.fd, SHUT_RD);
     }
 }
 
@@ -902,6 +907,7 @@ static PyObject *link_detach(StreamLink *self, PyObject *unused)
     }
     PyObject *fds = Py_BuildValue("ii", self->in.fd, self->out.fd);
     if (fds) {
+        stream_hand_back(&self->in, &self->out);
         self->in.fd = self->out.fd = -1;
         shut(self);
     }
@@ -935,7 +941,6 @@ static PyObject *link_new(PyTypeObject *type, PyObject *args, PyObject *keywords
     self->wait = Py_NewRef(wait);
     self->goodbye = goodbye;
     self->adaptive = spin_ns == -1;
-    self->spin_now = self->end.spin_ns;
     stream_open(&self->in, &self->out, rfd, wfd, (uint64_t)limit, goodbye);
     return (PyObject *)self;
 }

@@ -31,12 +31,29 @@ static bool is_socket(int fd)
     return getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &length) == 0;
 }
 
+static void set_nonblocking(int fd, bool on)
+{
+    int flags = fcntl(fd, F_GETFL);
+    if (flags >= 0 && !(flags & O_NONBLOCK) == on)
+        fcntl(fd, F_SETFL, flags ^ O_NONBLOCK);
+}
+
 void stream_open(struct stream_reader *reader, struct stream_writer *writer, int rfd, int wfd, uint64_t limit, bool goodbye)
 {
     uint64_t largest = goodbye ? STREAM_GOODBYE_WORD - 1 : STREAM_GOODBYE_WORD;
     *reader = (struct stream_reader){
         .fd = rfd, .socket = is_socket(rfd), .goodbye = goodbye, .limit = limit < largest ? limit : largest};
     *writer = (struct stream_writer){.fd = wfd, .socket = is_socket(wfd)};
+    set_nonblocking(rfd, !reader->socket);
+    set_nonblocking(wfd, !writer->socket);
+}
+
+void stream_hand_back(struct stream_reader *reader, struct stream_writer *writer)
+{
+    set_nonblocking(reader->fd, true);
+    set_nonblocking(writer->fd, true);
+    if (reader->patience)
+        setsockopt(reader->fd, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){0, 0}, sizeof(struct timeval));
 }
 
 void stream_release(struct stream_reader *reader, struct stream_writer *writer)
@@ -126,25 +143,21 @@ void stream_retarget(struct stream_reader *reader, void *memory)
     reader->target = memory;
 }
 
-static ssize_t read_some(const struct stream_reader *reader, struct iovec *vectors, int count)
+static ssize_t read_some(const struct stream_reader *reader, struct iovec *vectors, int count, int flags)
 {
-    ssize_t got;
-    do {
-        if (count == 1)
-            got = reader->socket ? recv(reader->fd, vectors->iov_base, vectors->iov_len, MSG_DONTWAIT)
-                                 : read(reader->fd, vectors->iov_base, vectors->iov_len);
-        else if (reader->socket)
-            got = recvmsg(reader->fd, &(struct msghdr){.msg_iov = vectors, .msg_iovlen = (size_t)count}, MSG_DONTWAIT);
-        else
-            got = readv(reader->fd, vectors, count);
-    } while (got < 0 && errno == EINTR);
-    return got;
+    if (!reader->socket)
+        return readv(reader->fd, vectors, count);
+    if (count == 1)
+        return recv(reader->fd, vectors->iov_base, vectors->iov_len, flags);
+    return recvmsg(reader->fd, &(struct msghdr){.msg_iov = vectors, .msg_iovlen = (size_t)count}, flags);
 }
 
 static enum stream_status read_failed(struct stream_reader *reader, ssize_t got)
 {
     if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
         return STREAM_AGAIN;
+    if (got < 0 && errno == EINTR)
+        return STREAM_SIGNAL;
     if (got < 0)
         reader->error = errno;
     return reader->over = got < 0 ? STREAM_FAILED : STREAM_ENDED;
@@ -173,7 +186,7 @@ static bool make_room(struct stream_reader *reader, size_t capacity)
     return true;
 }
 
-enum stream_status stream_fill(struct stream_reader *reader)
+static enum stream_status fill(struct stream_reader *reader, int flags)
 {
     if (reader->over != STREAM_OK)
         return reader->over;
@@ -182,7 +195,7 @@ enum stream_status stream_fill(struct stream_reader *reader)
         return reader->over;
     struct iovec vectors[2] = {{reader->buffer + reader->end, reader->capacity - reader->end}};
     if (!reader->target || reader->have == reader->size) {
-        ssize_t got = read_some(reader, vectors, 1);
+        ssize_t got = read_some(reader, vectors, 1, flags);
         if (got <= 0)
             return read_failed(reader, got);
         reader->end += (size_t)got;
@@ -191,7 +204,7 @@ enum stream_status stream_fill(struct stream_reader *reader)
     vectors[1] = vectors[0];
     size_t lacking = reader->size - reader->have;
     vectors[0] = (struct iovec){reader->target + reader->have, lacking};
-    ssize_t got = read_some(reader, vectors, 2);
+    ssize_t got = read_some(reader, vectors, 2, flags);
     if (got <= 0)
         return read_failed(reader, got);
     if ((size_t)got <= lacking)
@@ -201,6 +214,11 @@ enum stream_status stream_fill(struct stream_reader *reader)
         reader->end += (size_t)got - lacking;
     }
     return STREAM_OK;
+}
+
+enum stream_status stream_fill(struct stream_reader *reader)
+{
+    return fill(reader, MSG_DONTWAIT);
 }
 
 enum stream_status stream_foresee(struct stream_reader *reader, size_t most)
@@ -255,20 +273,50 @@ bool stream_spin(struct stream_reader *reader, int64_t until)
     return false;
 }
 
+/* A blocking recv for `left` ns at most: powers of two of ms, so that the option is set once and not for every call. An hour stands for
+ * ever: with a timeout set, every signal interrupts, as it does poll. False if so short a time is better kept by poll. */
+static bool be_patient(struct stream_reader *reader, int64_t left)
+{
+    int64_t patience = left == STREAM_FOREVER ? 3600 * INT64_C(1000000000) : 16000000;
+    if (patience > left || (left == STREAM_FOREVER && reader->patience > 200000000))
+        return patience <= left;
+    while (left != STREAM_FOREVER && 2 * patience <= left && patience < 3600 * INT64_C(1000000000))
+        patience *= 2;
+    if (patience != reader->patience) {
+        struct timeval value = {patience / 1000000000, patience % 1000000000 / 1000};
+        if (setsockopt(reader->fd, SOL_SOCKET, SO_RCVTIMEO, &value, sizeof value) < 0)
+            return false;
+        reader->patience = patience;
+    }
+    return true;
+}
+
 enum stream_status stream_await(struct stream_reader *reader, struct stream_writer *rest, int bell, int64_t deadline)
 {
     struct stream_view view;
     for (;;) {
-        struct pollfd fds[3] = {{reader->fd, POLLIN, 0}, {bell, POLLIN, 0}, {rest ? rest->fd : -1, POLLOUT, 0}};
-        int ready = sleep_on(fds, rest ? 3 : 2, deadline);
-        if (ready <= 0)
-            return ready < 0 ? STREAM_SIGNAL : STREAM_AGAIN;
-        if (fds[1].revents)
-            return STREAM_BELL;
-        if (fds[0].revents && stream_fill(reader) != STREAM_AGAIN && stream_peek(reader, &view) != STREAM_AGAIN)
+        int64_t left = deadline == STREAM_FOREVER ? STREAM_FOREVER : deadline - clock_ns();
+        if (left <= 0)
+            return STREAM_AGAIN;
+        enum stream_status filled = STREAM_AGAIN;
+        if (reader->socket && !rest && be_patient(reader, left))
+            filled = fill(reader, 0);
+        else {
+            struct pollfd fds[3] = {{reader->fd, POLLIN, 0}, {bell, POLLIN, 0}, {rest ? rest->fd : -1, POLLOUT, 0}};
+            int ready = sleep_on(fds, rest ? 3 : 2, deadline);
+            if (ready <= 0)
+                return ready < 0 ? STREAM_SIGNAL : STREAM_AGAIN;
+            if (fds[1].revents)
+                return STREAM_BELL;
+            if (fds[0].revents)
+                filled = stream_fill(reader);
+            if (fds[2].revents && stream_flush(rest) != STREAM_AGAIN)
+                return STREAM_FLUSHED; /* or failed: the next send will hear it again */
+        }
+        if (filled == STREAM_SIGNAL)
+            return filled;
+        if (filled != STREAM_AGAIN && stream_peek(reader, &view) != STREAM_AGAIN)
             return STREAM_OK;
-        if (fds[2].revents && stream_flush(rest) != STREAM_AGAIN)
-            return STREAM_FLUSHED; /* or failed: the next send will hear it again */
     }
 }
 
