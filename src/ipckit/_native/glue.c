@@ -37,14 +37,23 @@ int64_t deadline_of(PyObject *timeout)
     return now_ns() + (int64_t)ceil(seconds * 1e9);
 }
 
-int64_t spin_budget(int64_t spin_ns)
+int64_t spin_budget(int64_t spin_ns, PyObject *peer)
 {
     if (spin_ns >= 0)
         return spin_ns;
-    cpu_set_t cpus;
-    if (sched_getaffinity(0, sizeof cpus, &cpus) == 0 && CPU_COUNT(&cpus) == 1)
-        return 0; /* the peer could not run while we spin */
-    return AUTO_SPIN_NS;
+    /* Both ends pinned to the same one core: the peer could not run while we spin. An end that is alone on its own core can spin. */
+    cpu_set_t ours, theirs;
+    if (sched_getaffinity(0, sizeof ours, &ours) != 0 || CPU_COUNT(&ours) > 1)
+        return AUTO_SPIN_NS;
+    PyObject *attribute = PyObject_GetAttrString(peer, "pid");
+    long pid = attribute && attribute != Py_None ? PyLong_AsLong(attribute) : 0;
+    Py_XDECREF(attribute);
+    PyErr_Clear(); /* nobody that we could look at: count ourselves */
+    if (pid > 0 && sched_getaffinity((pid_t)pid, sizeof theirs, &theirs) == 0) {
+        CPU_OR(&ours, &ours, &theirs);
+        return CPU_COUNT(&ours) > 1 ? AUTO_SPIN_NS : 0;
+    }
+    return 0;
 }
 
 PyObject *give_up(struct endpoint *end, enum reason why, const char *operation, PyObject *detail)
@@ -168,7 +177,7 @@ int endpoint_init(struct endpoint *end, PyObject *fail, PyObject *on_fork, uint6
     end->native = Py_NewRef(native);
     end->peer = Py_NewRef(peer);
     end->limit = limit;
-    end->spin_ns = spin_budget(spin_ns);
+    end->spin_ns = spin_budget(spin_ns, peer);
     end->generation = fork_generation;
     if (fresh_lane(&end->send) < 0 || fresh_lane(&end->recv) < 0)
         return -1;

@@ -96,8 +96,8 @@ static inline int lane_enter(struct endpoint *end, struct lane *lane, int64_t de
 }
 void lane_leave(struct lane *lane);
 
-/* Nanoseconds of spinning that `auto` (-1) means here: 0 where this process may run on one core only. */
-int64_t spin_budget(int64_t spin_ns);
+/* Nanoseconds of spinning that `auto` (-1) means here: 0 where we and the peer (a Peer) may run on one and the same core only. */
+int64_t spin_budget(int64_t spin_ns, PyObject *peer);
 
 int endpoint_init(struct endpoint *end, PyObject *fail, PyObject *on_fork, uint64_t limit, int64_t spin_ns,
                   PyObject *native, PyObject *peer);
