@@ -19,9 +19,32 @@ setup(
             "ipckit._native._core",
             [
                 HERE + name
-                for name in ("module.c", "glue.c", "py_stream.c", "py_ring.c", "stream.c", "ring.c", "floor.c")
+                for name in (
+                    "module.c",
+                    "glue.c",
+                    "py_stream.c",
+                    "py_ring.c",
+                    "py_ring_recv.c",
+                    "py_ring_send.c",
+                    "py_claim.c",
+                    "stream.c",
+                    "ring.c",
+                    "ring_wait.c",
+                    "floor.c",
+                )
             ],
-            depends=[HERE + name for name in ("module.h", "layout.h", "ring.h", "stream.h", "floor.h")],
+            depends=[
+                HERE + name
+                for name in (
+                    "module.h",
+                    "layout.h",
+                    "ring.h",
+                    "ring_words.h",
+                    "py_ring.h",
+                    "stream.h",
+                    "floor.h",
+                )
+            ],
             define_macros=[("_GNU_SOURCE", "1"), ("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=[
                 "-std=c11",

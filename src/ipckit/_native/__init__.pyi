@@ -58,18 +58,26 @@ class StreamLink:
         """Give up the descriptors without closing them. Raises ValueError if anything is buffered."""
 
 class RingLink:
-    """Two shared-memory rings, one for each direction, and their doorbells."""
+    """Two shared-memory rings, one for each direction, and their doorbells.
+
+    The descriptors are the link's once the constructor has returned; when it raises, they are still the caller's. `on_fork` must
+    raise: a ring belongs to the process that opened it.
+
+    Frames up to a chunk (a quarter of the ring, 256 KiB at most) are one record; longer ones, up to `limit`, stream. A sender
+    that never waits hears of its peer's death within a tick of the coarse clock (1 to 10 ms), everybody who waits at once.
+    While a loan is open its link sends nothing else. Borrows may overlap; memory goes back when the last of them ends.
+    """
 
     def __init__(
         self,
-        memory: int,  # memfd with the layout of layout.h; mapped here and owned
+        memory: int,  # memfd with the layout of layout.h: checked, mapped, and closed
         bells: tuple[int, int, int, int],  # eventfds: (ring 0 data, ring 0 space, ring 1 data, ring 1 space); owned
         control: int,  # connected Unix socket; its end of file is the peer's end; owned
         side: int,  # 0 sends on ring 0, 1 on ring 1
         fail: Fail,
         on_fork: Callable[[], None],
         limit: int,
-        spin_ns: int,
+        spin_ns: int,  # -1: auto
         wait: Callable[..., Wait],
         native: Any,
         peer: Peer,
@@ -90,6 +98,8 @@ class RingLink:
     def counters(self) -> tuple[int, int, int, int]: ...
     def fileno(self) -> int: ...
     def close(self) -> None: ...
+    def abandon(self) -> None:
+        """In a forked child: let go of descriptors and memory. Elsewhere: nothing."""
 
 def ring_create(capacity: int) -> int:
     """A sealed memfd (CLOEXEC) holding two rings of `capacity` bytes each, formatted and allocated. Raises OSError."""
