@@ -157,30 +157,34 @@ class InprocListener:
         self.url = url
         self._options = options
         self._backlog: deque[InprocLink] = deque()
-        self._bell = _Bell()
-        self._closed = False
+        self._bell: _Bell | None = _Bell()  # None: closed
 
     def admit(self, url: Url, options: Options) -> InprocLink:
         ours, theirs = _connected(url, options, self._options)
         self._backlog.append(theirs)
-        self._bell.ring()
-        if self._closed:  # meanwhile: one of us two turns the link away
+        if bell := self._bell:
+            bell.ring()
+        else:  # closed meanwhile: one of us two turns the link away
             self._turn_away()
         return ours
 
     def try_accept(self) -> InprocLink | None:
-        if self._closed:
-            raise errors.Closed("this listener is closed", url=self.url, operation="accept")
+        self._open()
         return self._backlog.popleft() if self._backlog else None
 
     def arm(self, want: Want) -> Wait:
-        return Wait((self._bell.announce(),))
+        return Wait((self._open().announce(),))
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if self._bell:
+            self._bell = None
             del _listeners[self.url.name]
             self._turn_away()
+
+    def _open(self) -> _Bell:
+        if not self._bell:
+            raise errors.Closed("this listener is closed", url=self.url, operation="accept")
+        return self._bell
 
     def _turn_away(self) -> None:
         with suppress(IndexError):

@@ -1,0 +1,13 @@
+from uuid import uuid4
+
+import pytest
+
+from ipckit.testing.conformance import ChannelContract
+
+
+class TestInproc(ChannelContract):
+    schemes = ("inproc",)
+
+    @pytest.fixture
+    def url(self) -> str:
+        return f"inproc://{uuid4().hex}"

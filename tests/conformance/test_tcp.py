@@ -1,0 +1,11 @@
+import pytest
+
+from ipckit.testing.conformance import ChannelContract, free_port
+
+
+class TestTcp(ChannelContract):
+    schemes = ("tcp",)
+
+    @pytest.fixture
+    def url(self) -> str:
+        return f"tcp://127.0.0.1:{free_port()}"
