@@ -959,13 +959,14 @@ static int link_clear(StreamLink *self)
     return 0;
 }
 
-/* A link that is dropped without a close() ends as one that was closed: its process is well. */
+/* A link that is dropped without a close() says no goodbye: nobody decided that this was the end. What was accepted still goes out. */
 static void link_dealloc(StreamLink *self)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     PyObject_GC_UnTrack(self);
     if (self->weakrefs)
         PyObject_ClearWeakRefs((PyObject *)self);
+    self->letting_go = true;
     if (self->in.fd >= 0)
         shut(self);
     link_clear(self);
