@@ -1,0 +1,49 @@
+"""The command line: `ipckit COMMAND`, one module for each command.
+
+A command is a module with `add(subparsers)`, which declares its arguments and names its function, and that function,
+`(args) -> int`, which imports what it needs when it is called. `COMMANDS` lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import IpcError, MissingDependency
+from . import bench, transports
+
+COMMANDS = (bench, transports)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0 done, 1 something was found wrong, 2 not understood, 130 Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="ipckit", description="Every inter-process transport behind one interface.")
+    parser.add_argument("--version", action="version", version=f"ipckit {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(subparsers)
+    args = parser.parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except IpcError as error:
+        print(f"ipckit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ipckit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `ipckit transports | head`
+        sys.stderr.close()
+        return 1
+    return status
+
+
+def need_rich() -> None:
+    """Raise MissingDependency unless tables can be drawn."""
+    try:
+        import rich  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            "tables need the module 'rich', which is not installed", hint='from the checkout: pip install ".[cli]"'
+        ) from error
