@@ -49,8 +49,11 @@ class FrameDecoder:
 
     @property
     def inside(self) -> bool:
-        """Part of a frame is here."""
-        return len(self._buffer) > self._start
+        """What is here ends inside a frame."""
+        at = self._start
+        while len(self._buffer) - at >= HEADER_SIZE:
+            at += HEADER_SIZE + _HEADER.unpack_from(self._buffer, at)[0]
+        return at != len(self._buffer)
 
 
 def header(size: int) -> bytes:

@@ -75,13 +75,14 @@ def make_link(
     *,
     peer: Peer | None = None,
     ended: Ended | None = None,
+    kind: type[FdLink] = FdLink,
 ) -> FdLink:
     """A link over these descriptors (one socket: twice the same). `ended`: what an end of file without a goodbye means."""
 
     def on_fork() -> None:
         raise forked(url)
 
-    return FdLink(
+    return kind(
         rfd,
         wfd,
         make_fail(url, ended or ended_unknown(url, options)),

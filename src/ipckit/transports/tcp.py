@@ -9,6 +9,7 @@ machine that vanishes, after `keepalive`. Not encrypted, and nobody is authentic
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,9 +17,9 @@ from typing import Any, ClassVar
 from .._capabilities import Capabilities
 from .._spi import Link, Listener, Peer, Steps, Transport, Wait, Want
 from .._url import Url
-from . import _inet
+from . import _inet, _linger
 from ._accept import Acceptor
-from ._stream import StreamOptions, make_link
+from ._stream import FdLink, StreamOptions, make_link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +74,32 @@ class TcpListener:
     abandon = close
 
 
+class TcpLink(FdLink):
+    """Its close() keeps what was sent from being overtaken by a reset."""
+
+    def __new__(cls, *args: Any) -> TcpLink:
+        link = super().__new__(cls, *args)
+        link.pid = os.getpid()
+        return link
+
+    pid: int
+
+    def close(self, goodbye: bool = True) -> None:
+        if self.closed or self.pid != os.getpid():  # in a forked child the connection is the parent's
+            super().close(goodbye)
+            return
+        ours = self.native.socket()
+        super().close(goodbye)
+        _linger.finish(ours)
+
+
 def _link(url: Url, options: Options, sock: socket.socket) -> Link:
     try:
         peer = Peer(address=_inet.shown(sock.getpeername()))
     except OSError:  # gone already: reading will say so
         peer = Peer()
     fd = sock.detach()
-    return make_link(url, options, fd, fd, peer=peer)
+    return make_link(url, options, fd, fd, peer=peer, kind=TcpLink)
 
 
 TRANSPORT = TcpTransport()
