@@ -7,7 +7,7 @@ child of a fork. A `Lane` is one direction of an endpoint, in which callers queu
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import select
 import threading
@@ -57,9 +57,15 @@ class Gate:
         """This process is a forked child of the one that opened the endpoint."""
         return self._generation != _generation
 
+    def check(self, operation: str) -> None:
+        """Raise ForkedError in a child, Closed after `close`. Without the lock: for one who will not wait inside."""
+        self.refuse_foreign(operation)
+        if self.closed:
+            raise errors.Closed("this endpoint is closed", url=self.url, operation=operation)
+
     def refuse_foreign(self, operation: str) -> None:
         """Raise ForkedError in a child. Comes before every lock: a thread that the child does not have may hold it."""
-        if self.foreign:
+        if self._generation != _generation:
             raise errors.ForkedError(
                 "opened before a fork, used in the child",
                 url=self.url,
@@ -213,9 +219,14 @@ def _timed_out(lane: Lane, timeout: float | None) -> errors.Timeout:
 async def arun(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
     """Drive `steps` to its result on the running loop. As `run`; cancelling it closes `steps`, which loses nothing."""
     gate = lane.gate
-    gate.enter(lane.operation)
+    gate.check(lane.operation)
     try:
         wait = next(steps)
+    except StopIteration as stop:  # the common case: nothing to wait for
+        result: T = stop.value
+        return result
+    gate.enter(lane.operation)
+    try:
         readiness = gate.readiness()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -228,8 +239,8 @@ async def arun(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
                 raise RuntimeError("the steps ignored their timeout")
             wait = next(steps)
     except StopIteration as stop:
-        result: T = stop.value
-        return result
+        last: T = stop.value
+        return last
     finally:
         steps.close()
         gate.leave()
@@ -312,6 +323,11 @@ class _Sleeper:
                 self._context.run(callback, self)
 
 
+@functools.lru_cache(maxsize=256)
+def _keys(fds: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((fd, bit) for fd, events in fds for bit in (_POLLIN, _POLLOUT) if events & bit)
+
+
 class _Readiness:
     """The descriptors of one endpoint on one loop, kept registered between calls.
 
@@ -330,7 +346,7 @@ class _Readiness:
         if self._closed:
             return
         sleeper = _Sleeper(self._loop)
-        keys = [(fd, bit) for fd, events in wait.fds for bit in (_POLLIN, _POLLOUT) if events & bit]
+        keys = _keys(wait.fds)
         for key in keys:
             queue = self._sleepers.get(key)
             if queue is None:
@@ -351,8 +367,7 @@ class _Readiness:
             for key in keys:
                 queue = self._sleepers.get(key)
                 if queue is not None:
-                    with contextlib.suppress(ValueError):
-                        queue.remove(sleeper)
+                    queue.remove(sleeper)
                     if passing and not queue:
                         self._forget(key)
 

@@ -52,8 +52,12 @@ class _Frames:
         self.counts = [0, 0, 0, 0]
 
     def send(self, frame: Buffer, priority: int = 0) -> Steps[None]:
-        yield from self._accept(frame, priority)
-        yield from self._flush()
+        if self._try_send(frame, priority):
+            self._count(frame)
+        else:
+            yield from self._accept(frame, priority)
+        if not self._link.try_flush():
+            yield from self._flush()
 
     def send_many(self, frames: Sequence[Buffer]) -> Steps[int]:
         done = 0
@@ -75,8 +79,11 @@ class _Frames:
             if self._try_send(frame, priority):
                 break
             yield wait
+        self._count(frame)
+
+    def _count(self, frame: Buffer) -> None:
         self.counts[0] += 1
-        self.counts[1] += memoryview(frame).nbytes
+        self.counts[1] += len(frame) if type(frame) is bytes else memoryview(frame).nbytes
 
     def _try_send(self, frame: Buffer, priority: int) -> bool:
         if not priority:
