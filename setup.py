@@ -23,6 +23,8 @@ setup(
                     "module.c",
                     "glue.c",
                     "py_stream.c",
+                    "py_stream_recv.c",
+                    "py_stream_send.c",
                     "py_ring.c",
                     "py_ring_recv.c",
                     "py_ring_send.c",
@@ -42,6 +44,7 @@ setup(
                     "ring_words.h",
                     "py_ring.h",
                     "stream.h",
+                    "py_stream.h",
                     "floor.h",
                 )
             ],

@@ -48,12 +48,12 @@ int64_t spin_budget(int64_t spin_ns, PyObject *peer)
     PyObject *attribute = PyObject_GetAttrString(peer, "pid");
     long pid = attribute && attribute != Py_None ? PyLong_AsLong(attribute) : 0;
     Py_XDECREF(attribute);
-    PyErr_Clear(); /* nobody that we could look at: count ourselves */
-    if (pid > 0 && sched_getaffinity((pid_t)pid, sizeof theirs, &theirs) == 0) {
+    PyErr_Clear(); /* nobody that we could look at */
+    if (pid > 0 && pid != (long)getpid() && sched_getaffinity((pid_t)pid, sizeof theirs, &theirs) == 0)
         CPU_OR(&ours, &ours, &theirs);
-        return CPU_COUNT(&ours) > 1 ? AUTO_SPIN_NS : 0;
-    }
-    return 0;
+    else if (sysconf(_SC_NPROCESSORS_ONLN) > 1)
+        return AUTO_SPIN_NS; /* it may well be elsewhere; the links notice soon when spinning does not pay */
+    return CPU_COUNT(&ours) > 1 ? AUTO_SPIN_NS : 0;
 }
 
 PyObject *give_up(struct endpoint *end, enum reason why, const char *operation, PyObject *detail)
@@ -72,6 +72,37 @@ PyObject *give_up(struct endpoint *end, enum reason why, const char *operation, 
         PyErr_SetString(PyExc_TypeError, "fail() must return an exception");
     Py_DECREF(exception);
     return NULL;
+}
+
+/* Interned names compare by identity nearly always, but this is fast enough for those who write `timeout=`. */
+int read_arguments(const char *function, const char *const *names, int required, PyObject *const *args, Py_ssize_t count,
+                   PyObject *keywords, PyObject **found)
+{
+    int known = 0;
+    for (; names[known]; known++)
+        found[known] = known < count ? args[known] : NULL;
+    if (count > known) {
+        PyErr_Format(PyExc_TypeError, "%s() takes at most %d arguments (%zd given)", function, known, count);
+        return -1;
+    }
+    Py_ssize_t named = keywords ? PyTuple_Size(keywords) : 0;
+    for (Py_ssize_t k = 0; k < named; k++) {
+        PyObject *name = PyTuple_GetItem(keywords, k);
+        int i = 0;
+        while (i < known && PyUnicode_CompareWithASCIIString(name, names[i]) != 0)
+            i++;
+        if (i == known || found[i]) {
+            PyErr_Format(PyExc_TypeError, i == known ? "%s() has no argument '%U'" : "%s() got '%U' twice", function, name);
+            return -1;
+        }
+        found[i] = args[count + k];
+    }
+    for (int i = 0; i < required; i++)
+        if (!found[i]) {
+            PyErr_Format(PyExc_TypeError, "%s() needs the argument '%s'", function, names[i]);
+            return -1;
+        }
+    return 0;
 }
 
 /* -- fork ------------------------------------------------------------------------------------------------------ */

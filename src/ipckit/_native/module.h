@@ -69,6 +69,11 @@ int64_t now_ns(void); /* CLOCK_MONOTONIC; needs no GIL */
 /* `timeout` in seconds as Python gives it (NULL and None: NO_DEADLINE). -1 with an exception set if it is no number or negative. */
 int64_t deadline_of(PyObject *timeout);
 
+/* The arguments of a METH_FASTCALL | METH_KEYWORDS call, by position or name, into `found` (NULL where absent). `names` ends with NULL;
+ * the first `required` must be there. 0, or -1 with a TypeError set. */
+int read_arguments(const char *function, const char *const *names, int required, PyObject *const *args, Py_ssize_t count,
+                   PyObject *keywords, PyObject **found);
+
 /* Raise what `fail` makes of it. Steals `detail` (NULL for None). Always returns NULL. */
 PyObject *give_up(struct endpoint *end, enum reason why, const char *operation, PyObject *detail);
 

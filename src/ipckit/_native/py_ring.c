@@ -214,40 +214,6 @@ static PyObject *link_counters(PyObject *object, PyObject *unused)
 
 /* -- arguments ----------------------------------------------------------------------------------------------------- */
 
-/* Up to three arguments by position or name into `found`; the first `required` must be there. Interned names compare by identity
- * nearly always, but PyUnicode_CompareWithASCIIString is fast enough for those who write `timeout=`. */
-static int read_arguments(const char *function, const char *const *names, int required, PyObject *const *args, Py_ssize_t count,
-                          PyObject *keywords, PyObject **found)
-{
-    int known = 0;
-    while (known < 3 && names[known])
-        known++;
-    if (count > known) {
-        PyErr_Format(PyExc_TypeError, "%s() takes at most %d arguments (%zd given)", function, known, count);
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < count; i++)
-        found[i] = args[i];
-    Py_ssize_t named = keywords ? PyTuple_Size(keywords) : 0;
-    for (Py_ssize_t k = 0; k < named; k++) {
-        PyObject *name = PyTuple_GetItem(keywords, k);
-        int i = 0;
-        while (i < known && PyUnicode_CompareWithASCIIString(name, names[i]) != 0)
-            i++;
-        if (i == known || found[i]) {
-            PyErr_Format(PyExc_TypeError, i == known ? "%s() has no argument '%U'" : "%s() got '%U' twice", function, name);
-            return -1;
-        }
-        found[i] = args[count + k];
-    }
-    for (int i = 0; i < required; i++)
-        if (!found[i]) {
-            PyErr_Format(PyExc_TypeError, "%s() needs the argument '%s'", function, names[i]);
-            return -1;
-        }
-    return 0;
-}
-
 #define METHOD(name, required, names, call)                                                                            \
     static PyObject *link_##name(PyObject *object, PyObject *const *args, Py_ssize_t count, PyObject *keywords)        \
     {                                                                                                                  \
