@@ -113,7 +113,8 @@ class Session:
         self._cpus = cpus
         self._machine = machine
         self._progress = progress
-        self._part = 0.0
+        self._part = 0.0  # of the run that is done
+        self._share = 0.0  # of the run that the case at hand is
         self._due = inf  # when the case at hand should be done
 
     def run(self) -> Results:
@@ -126,7 +127,7 @@ class Session:
             servers = _Servers(stack)
             weights = [_weight(case, shell) for case, shell in self._work]
             for done, (case, shell) in enumerate(self._work):
-                self._part = sum(weights[:done]) / sum(weights)
+                self._part, self._share = sum(weights[:done]) / sum(weights), weights[done] / sum(weights)
                 left = began + self._budget.total - time.monotonic()
                 self._due = time.monotonic() + left * weights[done] / sum(weights[done:])
                 self._say(case.scheme + (" · aio" if shell == "aio" else ""), 0)
@@ -144,7 +145,7 @@ class Session:
         return Results(replace(self._machine, servers=servers.versions), conditions, rows)
 
     def _say(self, what: str, within: float) -> None:
-        self._progress(what, self._part + within / max(len(self._work), 1))
+        self._progress(what, self._part + within * self._share)
 
     # -- one case: all its variants, its raw client and its floors, side by side --------------------------------------
 
