@@ -156,11 +156,6 @@ def test_select_takes_schemes_families_and_urls():
         select("channel", ["unux"])
     with pytest.raises(errors.UnknownScheme, match="did you mean"):
         select("channel", ["unxi://x"])
-    (own,) = select("channel", ["redis://u:p@example:7000/3/bench?limit=1MiB"])
-    assert own.server is None
-    assert own.url == "redis://u:p@example:7000/3/bench"
-    assert own.raw.address == "redis://u:p@example:7000/{name}.raw"
-    assert [variant.options for variant in own.variants] == ["limit=1MiB"]
 
 
 def test_a_url_is_measured_as_it_stands(tmp_path):

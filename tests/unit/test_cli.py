@@ -17,8 +17,9 @@ from ipckit.cli import main
 
 def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ipckit", *arguments]
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, check=False
+        command, capture_output=True, text=True, timeout=60, env={**inherited, **environment}, check=False
     )
 
 
