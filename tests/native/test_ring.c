@@ -522,8 +522,76 @@ static void test_litmus(bool room)
     close_both(&litmus.both);
 }
 
+/* Random bytes written into live memory. AddressSanitizer watches the memory that frames are assembled in; ThreadSanitizer would
+ * only tell us that the peer races, which is the point. */
+#ifndef __SANITIZE_THREAD__
+static void *run_vandal(void *given)
+{
+    struct both *both = given;
+    unsigned seed = 12345;
+    while (!atomic_load(&both->side[0].closing)) {
+        uint64_t word = (uint64_t)rand_r(&seed) << 33 ^ (uint64_t)rand_r(&seed) << 8 ^ (uint64_t)rand_r(&seed);
+        if (word & 1) /* a plausible record header, or a small number */
+            word = rand_r(&seed) % 3000 | (uint64_t)(RECORD_TAG | (unsigned)rand_r(&seed) % 6) << 32;
+        else if (word & 2)
+            word = (uint64_t)rand_r(&seed) % 600 * 8;
+        volatile uint64_t *words = (volatile uint64_t *)(word & 4 ? (void *)both->map.header->ring : both->map.data[word >> 4 & 1]);
+        words[rand_r(&seed) % (word & 4 ? sizeof both->map.header->ring / 8 : both->map.capacity / 8)] = word;
+    }
+    return NULL;
+}
+
+static void test_live_vandalism(void)
+{
+    uint8_t *source = calloc(1, 20000);
+    unsigned ends = 0, frames = 0;
+    int64_t until = now() + INT64_C(3000000000);
+    for (unsigned run = 0; run < 3000 && now() < until; run++) {
+        struct both both;
+        uint8_t *into = NULL;
+        open_both(&both, 4096, 5000);
+        pthread_t vandal;
+        struct ring *tx = &both.side[0], *rx = &both.side[1];
+        struct ring_rest rest = {.from = source, .size = 4900};
+        enum ring_status status = RING_OK;
+        if (run % 8) /* without an honest sender, too */
+            CHECK(ring_stream(tx, &rest) == RING_WAIT);
+        CHECK(pthread_create(&vandal, NULL, run_vandal, &both) == 0);
+        for (unsigned turn = 0; turn < 2000 && status <= RING_LARGE; turn++) {
+            struct ring_frame frame;
+            if (ring_stream(tx, &rest) == RING_OK)
+                rest = (struct ring_rest){.from = source, .size = turn % 5000};
+            status = ring_next(rx, &frame);
+            if (status == RING_LARGE) {
+                CHECK(frame.size <= 5000);
+                free(into);
+                CHECK((into = malloc(frame.size)) != NULL);
+                ring_assemble(rx, into, frame.size);
+            } else if (status == RING_OK) {
+                frames++;
+                CHECK(frame.size <= 5000);
+                memcpy(source + 10000, frame.payload, frame.size);
+                ring_take(rx, &frame);
+                ring_release(rx);
+            } else if (status == RING_WAIT && turn % 100 == 0)
+                ring_sleep(rx, RING_RECV, now() + 1000);
+        }
+        ends += status > RING_LARGE;
+        atomic_store(&tx->closing, true);
+        CHECK(pthread_join(vandal, NULL) == 0);
+        close_both(&both);
+        free(into);
+    }
+    CHECK(ends > 0 && frames > 0);
+    free(source);
+}
+#endif
+
 int main(void)
 {
+#ifndef __SANITIZE_THREAD__
+    test_live_vandalism();
+#endif
     test_capacity();
     test_memory_shows_twice();
     test_alternating();
