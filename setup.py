@@ -33,8 +33,6 @@ setup(
                     "ring.c",
                     "ring_wait.c",
                     "floor.c",
-                    "floor_kernel.c",
-                    "floor_shared.c",
                 )
             ],
             depends=[
@@ -48,7 +46,6 @@ setup(
                     "stream.h",
                     "py_stream.h",
                     "floor.h",
-                    "floor_party.h",
                 )
             ],
             define_macros=[("_GNU_SOURCE", "1"), ("Py_LIMITED_API", "0x030B0000")],

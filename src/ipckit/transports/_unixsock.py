@@ -213,12 +213,10 @@ def peer_of(sock: socket.socket) -> Peer:
     return Peer(pid=pid or None, uid=uid, gid=gid)  # 0: in a pid namespace that we cannot see
 
 
-def check_peer(url: Url, peer: Peer, operation: str) -> None:
+def check_peer(url: Url, peer: Peer, operation: str, hint: str | None = "?allow=any lets everybody in") -> None:
     """Only ourselves and root may be at the other end. Raises AccessDenied."""
     if peer.uid not in (os.geteuid(), 0):
-        raise errors.AccessDenied(
-            f"the peer runs as uid {peer.uid}", url=url, operation=operation, hint="?allow=any lets everybody in"
-        )
+        raise errors.AccessDenied(f"the peer runs as uid {peer.uid}", url=url, operation=operation, hint=hint)
 
 
 # -- files --------------------------------------------------------------------------------------------------------

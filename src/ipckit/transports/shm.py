@@ -107,7 +107,7 @@ class ShmTransport(Transport[Options]):
             sock = yield from _unixsock.connect_steps(url, path_for(url, ".shm"), _KIND)
             try:
                 peer = _unixsock.peer_of(sock)
-                _unixsock.check_peer(url, peer, "connect")
+                _unixsock.check_peer(url, peer, "connect", hint=None)
                 link = yield from _introduce(url, options, sock, peer)
             finally:
                 sock.close()  # detached by now, if there is a link
@@ -174,7 +174,8 @@ def _introduce(url: Url, options: Options, sock: socket.socket, peer: Peer) -> S
     """Greet, and wait for the rings. None: the listener went away before it answered."""
     with _Descriptors() as received:
         try:
-            sock.send(_GREETING.pack(_MAGIC, _VERSION, _HELLO, 0), socket.MSG_NOSIGNAL)
+            with contextlib.suppress(BrokenPipeError):  # refused already: the answer says why
+                sock.send(_GREETING.pack(_MAGIC, _VERSION, _HELLO, 0), socket.MSG_NOSIGNAL)
             while (answer := _receive(sock, received)) is None:
                 yield Wait(((sock.fileno(), select.POLLIN),))
         except errors.Timeout as timeout:
@@ -182,14 +183,14 @@ def _introduce(url: Url, options: Options, sock: socket.socket, peer: Peer) -> S
                 "somebody listens there, but accepts nobody", url=url, operation="connect"
             ) from timeout
         except OSError as error:
-            if error.errno in (errno.ECONNRESET, errno.EPIPE):
+            if error.errno == errno.ECONNRESET:
                 return None
             raise map_oserror(error, url, "connect") from error
         if not answer:
             return None
         kind, number = _read(url, answer)
         if kind == _REFUSED:
-            _refused(url, number)
+            raise _refused(url, number)
         if kind != _RINGS or len(received.fds) != _FDS or not all(_anonymous(fd) for fd in received.fds[1:]):
             raise errors.ProtocolError("the listener did not send what makes a ring", url=url, operation="connect")
         link = _link(url, options, received, sock, 1, peer, number)
@@ -234,11 +235,13 @@ def _read(url: Url, data: bytes) -> tuple[int, int]:
     return kind, number
 
 
-def _refused(url: Url, code: int) -> None:
+def _refused(url: Url, code: int) -> errors.IpcError:
     if code == errno.EPROTO:
-        raise errors.ProtocolError("the listener does not know our version", url=url, operation="connect")
+        return errors.ProtocolError("the listener does not know our version", url=url, operation="connect")
+    if code == errno.EACCES:
+        return errors.AccessDenied("the listener talks to its own user only", url=url, operation="connect")
     text = os.strerror(code) if code in errno.errorcode else f"error {code}"
-    raise errors.ResourceLimit(f"the listener cannot make the rings: {text}", url=url, operation="connect")
+    return errors.ResourceLimit(f"the listener cannot make the rings: {text}", url=url, operation="connect")
 
 
 def _anonymous(fd: int) -> bool:
@@ -285,9 +288,13 @@ class ShmListener:
         peer = Peer()
         try:
             peer = _unixsock.peer_of(sock)
-            _unixsock.check_peer(self.url, peer, "accept")
+            _unixsock.check_peer(self.url, peer, "accept", hint=None)
             self._greetings.register(sock, select.EPOLLIN)
-        except (OSError, errors.AccessDenied) as error:
+        except errors.AccessDenied as error:
+            self._refuse(sock, errno.EACCES)
+            self._drop(sock, peer, str(error))
+            return True
+        except OSError as error:
             self._drop(sock, peer, str(error))
             return True
         if len(self._silent) >= _HANDSHAKES:
@@ -336,6 +343,8 @@ class ShmListener:
             return None
 
     def _refuse(self, sock: socket.socket, code: int) -> None:
+        with contextlib.suppress(OSError):  # what is not read makes the kernel reset, and the peer lose our answer
+            sock.recv(_GREETING.size, socket.MSG_DONTWAIT)
         with contextlib.suppress(OSError):  # it does not listen any more? dropping it says enough
             sock.send(_GREETING.pack(_MAGIC, _VERSION, _REFUSED, code), socket.MSG_NOSIGNAL)
 
