@@ -12,9 +12,9 @@ Promises: whole frames in order; no name, so nothing to clean up and nobody else
 once, once nobody else holds its end. That is what the bookkeeping here is for. A fork copies both ends into the child, and
 a copy that nobody uses would keep the stream open for ever:
 
-    used before the fork     it is the parent's; the child lets go of its copy
-    unused                   whoever uses it first has it: the child *adopts* it, and lets go of the other end of the pair
-    closed unused, after a fork    it is the child's, no goodbye; unless the other end was given away, then this one is ours
+    used, or passed to us    it is ours; a child lets go of its copy at the fork
+    of a fresh pair          whoever uses it first has it: a child *adopts* it, and lets go of the other end
+    closed fresh, after a fork    it is the child's, so no goodbye; but not if the other end went to the child already
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class PipeTransport(Transport[Options]):
         for fd in (options.rfd, options.wfd):  # subprocess made them inheritable
             os.set_blocking(fd, False)
             os.set_inheritable(fd, False)
-        return _make(url, options, options.rfd, options.wfd)
+        return _make(url, options, options.rfd, options.wfd, owned=True)
         yield  # nothing to wait for
 
     def pair(self, url: Url, options: Options) -> tuple[Link, Link]:
@@ -140,6 +140,7 @@ class PipeLink(FdLink):
     url: Url
     options: Options
     pair: _Pair
+    owned = False  # passed to us, or adopted: no child of ours may have it
     given = False  # pickled or handed over: it is another process's
     forked = False  # unused at a fork: it may be the child's
     orphan = False  # in a child: inherited, and nobody's yet
@@ -154,7 +155,7 @@ class PipeLink(FdLink):
 
     def close(self, goodbye: bool = True) -> None:
         if not self.closed:
-            if self.forked and not self.pair.given and not any(self.counters()):
+            if self.forked and not self.owned and not self.pair.given and not any(self.counters()):
                 self.given = self.pair.given = True
             super().close(goodbye and not self.given)
 
@@ -170,7 +171,7 @@ class PipeLink(FdLink):
         """The first use in a child. Raises ForkedError if it is not ours to use."""
         if self.lost or not self.orphan:
             raise forked(self.url)
-        self.orphan = self.forked = False
+        self.orphan, self.owned = False, True
         for other in (ref() for ref in self.pair.ends):
             if other is not None and other.orphan:
                 other.orphan = False
@@ -188,7 +189,7 @@ class PipeLink(FdLink):
 _live: weakref.WeakSet[PipeLink] = weakref.WeakSet()
 
 
-def _make(url: Url, options: Options, rfd: int, wfd: int) -> PipeLink:
+def _make(url: Url, options: Options, rfd: int, wfd: int, *, owned: bool = False) -> PipeLink:
     end = PipeEnd(rfd, wfd)
 
     def on_fork() -> None:
@@ -199,23 +200,23 @@ def _make(url: Url, options: Options, rfd: int, wfd: int) -> PipeLink:
     fail = make_fail(url, ended_unknown(url, options))
     link = PipeLink(rfd, wfd, fail, on_fork, options.limit, spin_ns(options), options.goodbye, Wait, end, Peer())
     end.link = weakref.ref(link)
-    link.url, link.options, link.pair = url, options, _Pair()
+    link.url, link.options, link.pair, link.owned = url, options, _Pair(), owned
     _live.add(link)
     return link
 
 
 def _take(url: Url, options: Options, read: Any, write: Any) -> PipeLink:
-    return _make(url, options, read.detach(), write.detach())
+    return _make(url, options, read.detach(), write.detach(), owned=True)
 
 
 def _in_parent() -> None:
     for link in tuple(_live):
-        link.forked = link.forked or not any(link.counters())
+        link.forked = True
 
 
 def _in_child() -> None:
     for link in tuple(_live):
-        if link.given or any(link.counters()):
+        if link.pair.given or link.owned or any(link.counters()):
             link.orphan = False
             link.let_go()
         elif not link.lost:

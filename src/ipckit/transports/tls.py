@@ -5,6 +5,8 @@
     ...&client_ca=clients.pem                                           listen, and let in only who has a certificate of theirs
     tls://calc.example:5000?ca=ca.pem&cert=me.pem&key=me.key            connect, with a certificate of our own
 
+One URL may serve both ends: each takes what concerns it.
+
 Promises: those of tcp://; TLS 1.2 or later; there is no way to switch verification off. The goodbye is TLS's own
 close_notify, which nobody on the way can forge. A handshake belongs to the listener's `try_accept` until it is done, so a
 client that is slow about it keeps nobody else waiting: there are only so many at a time, each for so long.
@@ -99,8 +101,6 @@ class TlsTransport(Transport[Options]):
 
 
 def _client_context(url: Url, options: Options) -> ssl.SSLContext:
-    if options.client_ca is not None:
-        raise errors.BadOption("client_ca is for listening", url=url, hint="connect takes ca=, cert=, key=")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies the chain and the name
     if options.ca is None:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
@@ -112,8 +112,6 @@ def _client_context(url: Url, options: Options) -> ssl.SSLContext:
 def _server_context(url: Url, options: Options) -> ssl.SSLContext:
     if options.cert is None:
         raise errors.BadOption("listening needs a certificate", url=url, hint="cert=server.pem&key=server.key")
-    if options.ca is not None or options.server_name is not None:
-        raise errors.BadOption("ca and server_name are for connecting", url=url, hint="did you mean client_ca?")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0  # nobody resumes; unread tickets at close would reset the connection
     if options.client_ca is not None:

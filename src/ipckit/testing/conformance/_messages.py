@@ -55,7 +55,7 @@ class MessageContracts(Contract):
         """Where only the receiver has the smaller limit, it or the sender refuses; nobody allocates."""
         self.needs(capabilities.listen, "listen")
         listener = here.open("listen", with_options(url, limit=1000), timeout=10).result(HANG)
-        connecting = there.open("connect", with_options(listener.url.partition("?")[0], limit=5000), timeout=10)
+        connecting = there.open("connect", with_options(url, limit=5000), timeout=10)
         receiver = listener.accept()
         sender = connecting.result(HANG)
         sender.send(bytes(1000))
