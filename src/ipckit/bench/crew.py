@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -49,6 +49,10 @@ class Plan:
     shell: Literal["sync", "aio"] = "sync"
     together: bool = False
     handover: Handover | None = None
+
+    def at(self, **places: str) -> Plan:
+        """With the placeholders of its addresses filled in."""
+        return replace(self, address=self.address.format(**places), options=self.options.format(**places))
 
 
 class Worker:

@@ -292,7 +292,7 @@ def shm(end: End) -> Iterator[Wire]:
 
 @contextmanager
 def zmq(end: End) -> Iterator[Wire]:
-    """pyzmq, PAIR."""
+    """PAIR of pyzmq."""
     import zmq
 
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -304,3 +304,20 @@ def zmq(end: End) -> Iterator[Wire]:
         else:
             sock.connect(end.address)
         yield Wire(sock.send, sock.recv)
+
+
+@contextmanager
+def zmq_push_pull(end: End) -> Iterator[Wire]:
+    """PUSH and PULL of pyzmq, a pair of sockets for each direction: what one would stream large messages with."""
+    import zmq
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    names = (end.address + ".1", end.address + ".2")
+    inward, outward = names if end.side == "echo" else reversed(names)
+    with context.socket(zmq.PULL) as pull, context.socket(zmq.PUSH) as push:
+        push.setsockopt(zmq.LINGER, 0)
+        pull.bind(inward)
+        push.connect(outward)
+        if end.side == "echo":
+            end.announce(end.address)
+        yield Wire(push.send, pull.recv)

@@ -21,6 +21,7 @@ from .. import _registry
 from .._url import parse
 from ..errors import BadOption, UnknownScheme
 from . import ours, raw
+from .crew import Plan
 from .wires import Handover
 
 Shell = Literal["sync", "aio"]
@@ -47,6 +48,9 @@ class Raw:
     awaited_name: str = ""
     handover: Handover | None = None
     needs: tuple[str, ...] = ()
+
+    def name_in(self, shell: Shell) -> str:
+        return self.name if shell == "sync" else self.awaited_name or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,22 @@ class Case:
         if shell == "aio" and any(variant.options.startswith("spin=") for variant in self.variants):
             return (Variant("", self.variants[-1].floors[:1]),)
         return self.variants
+
+    def ours(self, variant: Variant, shell: Shell) -> Plan:
+        """How ours is opened; its placeholders are still to be filled in."""
+        url = "?".join(part for part in (self.url, variant.options) if part)
+        if "?" in self.url and variant.options:
+            url = f"{self.url}&{variant.options}"
+        dial = "&".join(part for part in (self.dial, variant.options) if part) if self.dial else ""
+        opener = self.opener if shell == "sync" else self.awaited_opener
+        return Plan(opener, url, dial, shell, self.together, self.handover)
+
+    def rival(self, shell: Shell) -> Plan | None:
+        """How the raw client is opened, where there is one in this shell."""
+        opener = self.raw and (self.raw.opener if shell == "sync" else self.raw.awaited)
+        if self.raw is None or not opener:
+            return None
+        return Plan(opener, self.raw.address, "", shell, self.together, self.raw.handover)
 
 
 def spinning(blocking: str, *also: str, spin: str | None = None) -> tuple[Variant, ...]:

@@ -113,7 +113,8 @@ class Session:
         self._cpus = cpus
         self._machine = machine
         self._progress = progress
-        self._part = 0.0
+        self._part = 0.0  # of the run that is done
+        self._share = 0.0  # of the run that the case at hand is
         self._due = inf  # when the case at hand should be done
 
     def run(self) -> Results:
@@ -126,7 +127,7 @@ class Session:
             servers = _Servers(stack)
             weights = [_weight(case, shell) for case, shell in self._work]
             for done, (case, shell) in enumerate(self._work):
-                self._part = sum(weights[:done]) / sum(weights)
+                self._part, self._share = sum(weights[:done]) / sum(weights), weights[done] / sum(weights)
                 left = began + self._budget.total - time.monotonic()
                 self._due = time.monotonic() + left * weights[done] / sum(weights[done:])
                 self._say(case.scheme + (" · aio" if shell == "aio" else ""), 0)
@@ -144,7 +145,7 @@ class Session:
         return Results(replace(self._machine, servers=servers.versions), conditions, rows)
 
     def _say(self, what: str, within: float) -> None:
-        self._progress(what, self._part + within / max(len(self._work), 1))
+        self._progress(what, self._part + within * self._share)
 
     # -- one case: all its variants, its raw client and its floors, side by side --------------------------------------
 
@@ -185,23 +186,20 @@ class Session:
     ) -> Iterator[tuple[Plan, Measured]]:
         """How each contender is opened. The rows share the raw client; each floor is measured once."""
 
-        def fill(text: str) -> str:
-            return text.format(name=f"bench{secrets.token_hex(4)}", **places)
+        def fill(plan: Plan) -> Plan:
+            return plan.at(name=f"bench{secrets.token_hex(4)}", **places)
 
         floors: dict[str, Measured] = {}
         for variant, row in zip(case.variants_in(shell), rows, strict=True):
-            url = case.url + (("&" if "?" in case.url else "?") + variant.options if variant.options else "")
-            opener = case.opener if shell == "sync" else case.awaited_opener
-            dial = "&".join(part for part in (fill(case.dial), variant.options) if part) if case.dial else ""
-            yield Plan(opener, fill(url), dial, shell, case.together, case.handover), row.ours
+            yield fill(case.ours(variant, shell)), row.ours
             for mechanism in variant.floors:
                 if mechanism not in floors:
                     floors[mechanism] = Measured("floor", mechanism)
                     yield Plan(f"floor:{mechanism}"), floors[mechanism]
                 row.floors.append(floors[mechanism])
-        if case.raw is not None and rows[0].raw is not None:
-            opener = case.raw.opener if shell == "sync" else case.raw.awaited
-            yield Plan(opener, fill(case.raw.address), "", shell, case.together, case.raw.handover), rows[0].raw
+        rival = case.rival(shell)
+        if rival is not None and rows[0].raw is not None:
+            yield fill(rival), rows[0].raw
 
     # -- calibrate, then in turns -------------------------------------------------------------------------------------
 
@@ -341,9 +339,9 @@ def _summarise(contender: _Contender, sizes: Sequence[int]) -> None:
 
 
 def _raw(case: Case, shell: Shell) -> Measured | None:
-    if case.raw is None or (shell == "aio" and not case.raw.awaited):
+    if case.raw is None or case.rival(shell) is None:
         return None
-    return Measured("raw", case.raw.name if shell == "sync" else case.raw.awaited_name or case.raw.name)
+    return Measured("raw", case.raw.name_in(shell))
 
 
 class _Servers:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, log10
+from math import floor as round_down
 
 #: A percentile needs this many samples above it.
 BEYOND = 10
@@ -121,10 +122,10 @@ def duration(nanoseconds: float | None) -> str:
 
 def digits(value: float) -> str:
     """Three significant digits, without an exponent."""
-    if value <= 0:
+    rounded = float(f"{value:.3g}")
+    if rounded <= 0:
         return "0"
-    places = max(2 - int(log10(value) // 1), 0)
-    return f"{float(f'{value:.3g}'):.{min(places, 3)}f}"
+    return f"{rounded:.{min(max(2 - round_down(log10(rounded)), 0), 3)}f}"
 
 
 def count(value: float) -> str:
