@@ -184,6 +184,16 @@ class Claiming(Protocol):
     def try_borrow(self) -> AbstractContextManager[memoryview] | None: ...
 
 
+@runtime_checkable
+class Giving(Protocol):
+    """An end that may become another process's: it can be pickled by multiprocessing, while it is unused."""
+
+    def give(self, operation: str) -> None:
+        """From now on it is the other process's; closing it here says no goodbye. Raises ConfigError if it was used."""
+
+    def __reduce__(self) -> tuple[Any, ...]: ...
+
+
 # -- the transport itself ----------------------------------------------------------------------------------------
 
 OptionsT = TypeVar("OptionsT")

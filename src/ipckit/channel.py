@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar, overload
 
 from . import _options, _registry, errors
 from ._capabilities import Capabilities
-from ._spi import Abandoning, Buffer, Claiming, Fused, Link, Peer, Pollable, Prioritised, Steps, Want
+from ._spi import Abandoning, Buffer, Claiming, Fused, Giving, Link, Peer, Pollable, Prioritised, Steps, Want
 from ._spi import Listener as LinkListener
 from ._url import Url, parse
 from ._wait import Gate, Lane, arun, run
@@ -283,7 +283,14 @@ class _BaseChannel(_Endpoint, Generic[T]):
         return ChannelStats(*self._fused.counters())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For multiprocessing: an end of a `pipe://` pair passes to a child. Other links refuse to be pickled."""
+        """For multiprocessing: an end that may be given away (`pipe://`) passes to a child. Raises Unsupported for others."""
+        if not isinstance(self._link, Giving):
+            raise errors.Unsupported(
+                "this endpoint cannot pass to another process",
+                url=self.url,
+                operation="pickle",
+                hint="pass the URL, and connect there; or use pipe://",
+            )
         return type(self), (self._link, self.url, self._codec, self.capabilities)
 
     def fileno(self) -> int:

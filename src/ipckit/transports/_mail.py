@@ -199,6 +199,10 @@ class MailLink:
 
     def try_flush(self) -> bool:
         with self._mutex:
+            if self._closed:
+                self._check("send")
+            if not self._rest and self._outbox.try_flush():
+                return True  # it has left us; that the peer has read it and gone since is news for the next call
             self._check("send")
             self._look()
             self._check("send")

@@ -17,9 +17,12 @@ handshake, and nothing else. The bytes are drawn in docs/wire/rendezvous.md and 
 from __future__ import annotations
 
 import logging
+import os
+import select
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -205,6 +208,7 @@ class Desk:
         self._admit = admit
         self._guests: list[_Guest] = []
         self._ready = deque[Link]()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closed = False
 
     def try_accept(self) -> Link | None:
@@ -217,8 +221,13 @@ class Desk:
             if frame is None:
                 break
             self._guests.append(_Guest(self._admit(frame), time.monotonic() + PATIENCE, Wait(())))
+        awaited = [guest.wait.fds for guest in self._guests]
         self._guests = [guest for guest in self._guests if not self._settled(guest)]
-        return self._ready.popleft() if self._ready else None
+        if self._ready:
+            return self._ready.popleft()
+        if awaited != [guest.wait.fds for guest in self._guests]:
+            os.eventfd_write(self._bell, 1)  # a handshake went on: what was armed before waits for the wrong thing
+        return None
 
     def _settled(self, guest: _Guest) -> bool:
         try:
@@ -234,7 +243,9 @@ class Desk:
         return True
 
     def arm(self, want: Want) -> Wait:
-        waits = [guest.wait for guest in self._guests]
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        waits = [Wait(((self._bell, select.POLLIN),)), *(guest.wait for guest in self._guests)]
         if len(self._guests) + len(self._ready) < MAX_GUESTS:
             waits.append(self._inbox.arm())
         if self._guests:
@@ -245,6 +256,7 @@ class Desk:
         if self._closed:
             return
         self._closed = True
+        os.close(self._bell)
         self._inbox.close()
         for guest in self._guests:
             guest.steps.close()
@@ -254,4 +266,5 @@ class Desk:
     def abandon(self) -> None:
         """The guests' descriptors stay open in the child: their generators cannot be told to let go of them alone."""
         self._closed = True
+        os.close(self._bell)
         self._inbox.abandon()

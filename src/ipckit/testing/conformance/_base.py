@@ -156,7 +156,10 @@ class Contract:
         """A channel between two parties: we listen and they connect, or they are given one end of a pair."""
         if not capabilities.listen:
             left, right = here.pair(url)
-            return Meeting(None, left, there.adopt(right.handle).result(HANG))
+            theirs = there.adopt(right.handle).result(HANG)
+            if theirs.handle is not right.handle:
+                right.close()  # it has passed to another process; a copy here would keep it open
+            return Meeting(None, left, theirs)
         listener = here.open("listen", url, timeout=10, **named).result(HANG)
         connecting = there.open("connect", listener.url, timeout=10, **named)
         accepted = listener.accept()

@@ -44,11 +44,11 @@ class EndingContracts(Contract):
     def test_sent_before_close_arrives(self, ends: Meeting, capabilities: Capabilities) -> None:
         """Close is immediate, and takes nothing back."""
         self.needs(capabilities.reliable, "reliable")
-        size = self.largest(capabilities, 20_000)
-        ends.there.run(send_all, [size] * 10).result(HANG)
+        size = self.largest(capabilities, 1500)
+        ends.there.run(send_all, [size] * 5).result(HANG)
         ends.there.close()
         time.sleep(0.05)
-        for number in range(10):
+        for number in range(5):
             assert ends.here.recv() == payload(number, size)
         raises(errors.PeerClosed, ends.here.recv)
 
@@ -81,7 +81,7 @@ class EndingContracts(Contract):
     def test_peer_closed_with_messages_unread(self, ends: Meeting, capabilities: Capabilities) -> None:
         """A peer that closes without having read all that was sent to it has still closed in order, and its words count."""
         self.needs(capabilities.reliable, "reliable")
-        for number in range(10):
+        for number in range(5):
             ends.here.send(payload(number, 500))
         for number in range(3):
             ends.there.send(payload(number, 500))
@@ -167,7 +167,7 @@ class EndingContracts(Contract):
         """Killed before it read what was sent to it: its own words still come first."""
         self.needs(capabilities.death != "unreported", "death")
         self.needs(capabilities.reliable, "reliable")
-        for number in range(10):
+        for number in range(5):
             far.here.send(payload(number, 500))
         for number in range(3):
             far.there.send(payload(number, 500))
@@ -226,6 +226,8 @@ class EndingContracts(Contract):
     ) -> None:
         """The death of a process that has forked is heard, though its child lives and has all its descriptors."""
         self.needs(capabilities.death != "unreported", "death")
+        far.there.send(b"mine")  # an unused end may pass to a child (pipe://)
+        assert far.here.recv() == b"mine"
         child = spawned.on_main_thread(fork_idle).result(HANG)
         try:
             process.kill()
