@@ -106,7 +106,8 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in file.read().split()]
 
 
-def test_ctrl_c_ends_every_process(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_every_process(tmp_path, number):
     command = [sys.executable, "-m", "ipckit", "bench", "--transport", "unix"]
     with subprocess.Popen(
         command,
@@ -121,7 +122,7 @@ def test_ctrl_c_ends_every_process(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.3)
-        os.killpg(bench.pid, signal.SIGINT)  # as the terminal does
+        os.killpg(bench.pid, number)  # as the terminal does
         assert bench.wait(20) == 130
         assert bench.stderr.read() == "ipckit: interrupted\n"
     for worker in workers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     budget = session.QUICK if args.quick else session.FULL
     cpus = machine.choose_cpus(args.cpus)
     console = report.console(record=args.svg is not None)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started is ended, what was made is removed
+        signal.signal(number, signal.default_int_handler)
     with _Watching(console) as progress:
         found = session.Session(args.pattern, cases, shells, sizes, budget, cpus, machine.facts(), progress).run()
     if args.json:
