@@ -9,7 +9,6 @@ from math import log10
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +18,7 @@ from .machine import Machine
 from .results import Conditions, Measured, Results, Row
 
 OURS, RAW, FLOOR, CLAIM, QUIET = "bold cyan", "yellow", "green", "magenta", "dim"
+_LAST_TICK = 7  # columns: `|100 µs`
 _BAR, _RAW_MARK, _FLOOR_MARK, _CLAIM_MARK = "━", "◆", "┃", "░"
 
 
@@ -32,8 +32,12 @@ def report(results: Results, console: Console) -> RenderableType:
         _chart(results, console.width),
         Text(),
         trips if named else _round_trips(results, names=False),
+        Text("÷: our p50 in times theirs, from runs in turns; below 1 is faster", style=QUIET),
         Text(),
         _one_way(results),
+        Text(
+            "÷: our rate in times theirs; above 1 is faster. batched: send_many, recv_many. MB: 10⁶ bytes", style=QUIET
+        ),
         Text(),
         _notes(results, names=not named),
     ]
@@ -85,7 +89,7 @@ def _chart(results: Results, width: int) -> RenderableType:
     size = stats.size(results.conditions.sizes[0])
     rows = sorted(results.rows, key=lambda row: row.ours.trips.p50 if row.ours.trips else float("inf"))
     labels = max((len(row.label) for row in rows), default=0)
-    axis = _Axis(rows, max(width - labels - 15, 30))
+    axis = _Axis(rows, max(width - labels - 13 - _LAST_TICK, 30))
     lines = [
         Text.assemble(
             (f"Round trip of {size}", "bold"),
@@ -125,11 +129,11 @@ class _Axis:
         return min(max(round(part * (self._width - 1)), 0), self._width - 1)
 
     def ticks(self) -> str:
-        line = [" "] * (self._width + 8)
+        line = [" "] * (self._width + _LAST_TICK)
         for decade in range(self._first, self._first + self._decades + 1):
             at = self._at(10.0**decade)
-            line[at : at + 7] = f"|{_decade(decade)}".ljust(7)
-        return "".join(line)[: self._width + 1].rstrip()
+            line[at : at + _LAST_TICK] = f"|{_decade(decade)}".ljust(_LAST_TICK)
+        return "".join(line).rstrip()
 
     def line(self, row: Row) -> Text:
         cells = [(" ", "")] * self._width
@@ -157,12 +161,10 @@ def _why(measured: Measured) -> str:
 # -- the tables ---------------------------------------------------------------------------------------------------
 
 
-def _table(title: str, caption: str, columns: Iterable[tuple[str, str]]) -> Table:
+def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
-        caption=Text(caption, style=QUIET),
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1),
@@ -182,9 +184,7 @@ def _round_trips(results: Results, *, names: bool) -> RenderableType:
     columns = [("", ""), ("p50", OURS), ("p99", ""), ("p99.9", "")]
     columns += [("raw client", RAW)] if names else []
     columns += [("raw p50", RAW), ("÷ raw", ""), ("C floor", FLOOR), ("÷ floor", ""), ("claimed", CLAIM)]
-    table = _table(
-        f"Round trip of {size}", "÷: our p50 in times theirs, from runs in turns; below 1 is faster", columns
-    )
+    table = _table(f"Round trip of {size}", columns)
     for row in results.rows:
         if row.ours.trips is None:
             continue
@@ -218,11 +218,7 @@ def _one_way(results: Results) -> RenderableType:
         columns += [(f"{stats.size(size)} {'msg/s' if number == 0 else 'MB/s'}", OURS)]
         columns += [("batched", OURS)] if number == 0 else []
         columns += [("raw", RAW), ("÷ raw", ""), ("floor", FLOOR)]
-    table = _table(
-        "One way",
-        "÷: our rate in times theirs; above 1 is faster. batched: send_many and recv_many. MB: 10⁶ bytes",
-        columns,
-    )
+    table = _table("One way", columns)
     for row in results.rows:
         if not row.ours.flows:
             continue
@@ -252,18 +248,19 @@ def _rate(measured: Measured | None, size: int, messages: bool) -> str:
 
 
 def _notes(results: Results, *, names: bool) -> RenderableType:
-    lines: list[Text] = []
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(style=QUIET)
 
     def note(name: str, text: str, style: str = QUIET) -> None:
-        lines.append(Text.assemble((f"{name}: ", style), (text, QUIET)))
+        grid.add_row(Text(name, style=style), Text(text))
 
     if names:
         raw: dict[str, list[str]] = {}
         for row in results.rows:
             if row.raw is not None:
                 raw.setdefault(row.raw.name, []).append(row.scheme + (" · aio" if row.shell == "aio" else ""))
-        text = "; ".join(f"{', '.join(dict.fromkeys(users))}: {name}" for name, users in raw.items())
-        note("raw clients", text, RAW)
+        note("raw clients", "; ".join(f"{', '.join(dict.fromkeys(users))}: {name}" for name, users in raw.items()), RAW)
     others = [
         f"{row.label}: {each.name} {stats.duration(each.trips.p50)}"
         for row in results.rows
@@ -271,28 +268,27 @@ def _notes(results: Results, *, names: bool) -> RenderableType:
         if each.trips
     ]
     if others:
-        note("other C floors", "; ".join(others), FLOOR)
+        note("C floors, other", "; ".join(others), FLOOR)
     quoted = dict.fromkeys(claim for row in results.rows for claim in claimed.claims(row.scheme))
     if quoted:
         note("claimed", claimed.NOT_ALIKE, CLAIM)
         sources: dict[str, list[str]] = {}
         for claim in quoted:
             sources.setdefault(claim.source, []).append(f"{claim.what} {claim.text}")
-        lines += [Text(f"  {source}: {'; '.join(figures)}", style=QUIET) for source, figures in sources.items()]
+        for source, figures in sources.items():
+            note("", f"{source}: {'; '.join(figures)}")
     lossy = [row.label for row in results.rows if any(flow.lost >= 0.005 for flow in row.ours.flows.values())]
     if lossy:
-        note("lost", f"−N% is the part of the messages that did not arrive ({', '.join(lossy)} is best effort)")
-    note(
-        "“–”",
-        f"the mechanism does not carry this, or the run was too short to tell: a p99.9 asks for {stats.needed(0.999):,} samples",
-    )
+        note("−N%", f"the part of the messages that did not arrive: {', '.join(lossy)} is best effort")
+    few = f"a p99.9 asks for {stats.needed(0.999):,} samples"
+    note("–", f"the mechanism does not carry this, or the run was too short to tell: {few}")
     conditions = results.conditions
     note(
         "method",
         f"medians of {conditions.repeats} runs in turns, {conditions.seconds:g} s in all; the clock's own "
-        f"{results.machine.timer} ns are taken off. See docs/reference/bench.md",
+        f"{results.machine.timer} ns are taken off. docs/reference/bench.md says how",
     )
-    return Group(*(Padding(line, (0, 0)) for line in lines))
+    return grid
 
 
 def _failures(results: Results) -> Iterator[RenderableType]:
