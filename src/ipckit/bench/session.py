@@ -46,7 +46,7 @@ class Budget:
     total: float = inf
 
 
-FULL = Budget(repeats=5, trips=0.3, flow=0.2, samples=stats.needed(0.999))
+FULL = Budget(repeats=5, trips=0.25, flow=0.1, samples=stats.needed(0.999))
 QUICK = Budget(repeats=3, trips=0.04, flow=0.025, total=40.0)
 
 #: A round trip below this (ns) is timed in batches for its median: the clock is read once for many.
