@@ -13,6 +13,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from .. import errors
@@ -54,7 +55,11 @@ class Inbox(Protocol):
         """
 
     def arm(self) -> Wait:
-        """Announce that we are about to sleep until there is a frame."""
+        """Announce that we are about to sleep until there is a frame.
+
+        It holds until the next frame, also when `try_get` takes what came in between: a reader may skip frames that are not
+        for him and go to sleep on a Wait that is older.
+        """
 
     def close(self) -> None:
         """Let go of the mailbox, and remove it if its name still exists."""
@@ -182,20 +187,24 @@ class MailLink:
                 )
             if priority and not 0 <= priority < self._levels:
                 raise errors.BadOption(f"priority {priority} is not in 0..{self._levels - 1}", url=self._url)
-            self._look()
+            accepted = self._offer(frame, size, priority)
+            self._look()  # behind the frame, which is what the peer waits for
             self._check("send")
-            if not self._push():
-                return False
-            if size < self._chunk:
-                return self._put(b"".join((DATA, frame)), priority)
-            fragments = self._fragments(memoryview(frame).cast("B"))
-            if not self._put(fragments[0], priority):
-                return False
-            self._next_id = (self._next_id + 1) & 0xFFFFFFFF
-            self._rest.extend(fragments[1:])
-            self._rest_priority = priority
-            self._push()
-            return True
+            return accepted or self._offer(frame, size, priority)
+
+    def _offer(self, frame: Buffer, size: int, priority: int) -> bool:
+        if not self._push():
+            return False
+        if size < self._chunk:
+            return self._put(b"".join((DATA, frame)), priority)
+        fragments = self._fragments(memoryview(frame).cast("B"))
+        if not self._put(fragments[0], priority):
+            return False
+        self._next_id = (self._next_id + 1) & 0xFFFFFFFF
+        self._rest.extend(fragments[1:])
+        self._rest_priority = priority
+        self._push()
+        return True
 
     def try_flush(self) -> bool:
         with self._mutex:
@@ -256,10 +265,7 @@ class MailLink:
         with self._mutex:
             if self._closed:
                 self._check("recv")
-            if self._end is None:
-                self._push()
-                if self._owing and self._window is not None:
-                    self._tell(self._window)
+            self._drive_out()
             while True:
                 frame = self._stash.popleft() if self._stash else self._pull()
                 if frame is None:
@@ -270,19 +276,31 @@ class MailLink:
                 if message is not None:
                     return message
 
+    def _drive_out(self) -> None:
+        """What a receiver does for the other direction. Errors there are the sender's; here come first the frames."""
+        if self._end is None and (self._rest or self._owing):
+            with suppress(errors.IpcError):
+                self._push()
+                if self._owing and self._window is not None:
+                    self._tell(self._window)
+
     def _pull(self) -> bytes | None:
         """The next D, F or M frame. C and B are dealt with here; None: nothing now, or `_end` says why never."""
         last = False
         while self._end is None:
-            frame = self._inbox.try_get()
-            if frame is None:
-                if last:
-                    self._end = self._watch.gone()
-                gone = self._watch.gone()
-                if gone is None or not self._inbox.settled():
-                    return None
-                last = True  # what it had committed comes before its end
-                continue
+            try:
+                frame = self._inbox.try_get()
+                if frame is None:
+                    gone = self._watch.gone()
+                    if last:
+                        self._end = gone
+                    elif gone is None or not self._inbox.settled():
+                        return None
+                    last = True  # what it had committed comes before its end
+                    continue
+            except errors.IpcError as error:  # the mailbox itself broke
+                self._end = error
+                break
             kind = frame[:1]
             if kind in (DATA, FIRST, MORE):
                 return frame
@@ -342,9 +360,11 @@ class MailLink:
         """Give credit, half a window at a time."""
         frames, size = self._taken[0] - self._told[0], self._taken[1] - self._told[1]
         if (frames * 2 >= window.frames or size * 2 >= window.bytes) and self._end is None:
-            self._owing = not self._outbox.try_put(_CREDIT.pack(CREDIT, *self._taken))
-            if not self._owing:
-                self._told = list(self._taken)
+            with suppress(errors.IpcError):  # whose frame this was still gets it
+                self._owing = not self._outbox.try_put(_CREDIT.pack(CREDIT, *self._taken))
+                if not self._owing:
+                    self._told = list(self._taken)
+                    self._outbox.try_flush()  # no sender may come to do it
 
     # both
 

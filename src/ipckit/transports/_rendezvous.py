@@ -63,26 +63,25 @@ class _Greeting(msgspec.Struct, frozen=True):
 def connect(post: Post, limit: int) -> Steps[MailLink]:
     """Find the listener, waiting for one until the driver throws Timeout."""
     found = False
+    last: errors.IpcError | None = None
     pause = _LOOK_AGAIN[0]
     try:
         while True:
-            card = yield from post.find()
-            if card is not None:
-                found = True
-                try:
-                    link = yield from _knock(post, card, limit)
-                except (errors.NothingListening, errors.PeerError) as gone:
-                    log.debug("%s: the listener went during the handshake: %s", post.url, gone)
-                else:
-                    return link
+            try:
+                card = yield from post.find()
+                if card is not None:
+                    found = True
+                    return (yield from _knock(post, card, limit))
+            except (errors.NothingListening, errors.PeerError) as error:
+                log.debug("%s: the listener is gone, or the way to it: %s", post.url, error)
+                last = error
             yield Wait((), pause)
             pause = min(pause * 2, _LOOK_AGAIN[1])
     except errors.Timeout as timeout:
-        raise errors.NothingListening(
-            "there is a listener, but it did not accept in time" if found else "nobody listens at this address",
-            url=post.url,
-            operation="connect",
-        ) from timeout
+        message = "there is a listener, but it did not accept in time" if found else "nobody listens at this address"
+        if last is not None:
+            message = f"{message}; last: {last.message}"
+        raise errors.NothingListening(message, url=post.url, operation="connect") from last or timeout
 
 
 def _knock(post: Post, card: Card, limit: int) -> Steps[MailLink]:
@@ -165,10 +164,10 @@ def _greeting(url: Url, kind: bytes, frame: bytes) -> _Greeting:
 def listen(post: Post, limit: int) -> Steps[Desk]:
     """Take the name."""
     inbox = yield from post.open_rendezvous()
-    return Desk(post.url, inbox, lambda frame: _admit(post, frame, limit))
+    return Desk(post.url, inbox, lambda frame: admit(post, frame, limit))
 
 
-def _admit(post: Post, frame: bytes, limit: int) -> Steps[Link]:
+def admit(post: Post, frame: bytes, limit: int) -> Steps[MailLink]:
     """The listener's side of one handshake. Whatever it raises, only this guest is turned away."""
     hello = _greeting(post.url, HELLO, frame)
     outbox, watch = yield from post.open_outbox(hello.card)
