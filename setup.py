@@ -33,6 +33,8 @@ setup(
                     "ring.c",
                     "ring_wait.c",
                     "floor.c",
+                    "floor_kernel.c",
+                    "floor_shared.c",
                 )
             ],
             depends=[
@@ -46,6 +48,7 @@ setup(
                     "stream.h",
                     "py_stream.h",
                     "floor.h",
+                    "floor_party.h",
                 )
             ],
             define_macros=[("_GNU_SOURCE", "1"), ("Py_LIMITED_API", "0x030B0000")],

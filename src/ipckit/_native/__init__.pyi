@@ -24,7 +24,11 @@ UNSUPPORTED: int  # detail: str
 Fail = Callable[[int, str, Any], BaseException]  # (reason, operation, detail) -> the exception to raise
 
 class StreamLink:
-    """Length-prefixed frames (u32 big-endian) over one or two non-blocking descriptors, which it owns."""
+    """Length-prefixed frames (u32 big-endian) over one or two descriptors, which it owns.
+
+    A socket is set to blocking, because recv itself is the cheapest sleep; anything else to non-blocking. A link that is dropped
+    without a close() says no goodbye. If the constructor raises, the descriptors are still the caller's.
+    """
 
     def __init__(
         self,
@@ -53,9 +57,12 @@ class StreamLink:
     def counters(self) -> tuple[int, int, int, int]: ...
     def fileno(self) -> int: ...
     def close(self, goodbye: bool = True) -> None:
-        """`goodbye=False`: just let go of the descriptors (the end lives on in another process)."""
+        """`goodbye=False`: just let go of the descriptors (the end lives on in another process).
+
+        A thread that still receives from a socket let go of like this wakes with the next bytes, or the end.
+        """
     def detach(self) -> tuple[int, int]:
-        """Give up the descriptors without closing them. Raises ValueError if anything is buffered."""
+        """Give up the descriptors, non-blocking, without closing them. Raises ValueError if anything is buffered."""
 
 class RingLink:
     """Two shared-memory rings, one for each direction, and their doorbells.
@@ -106,6 +113,9 @@ def ring_create(capacity: int) -> int:
 
 def floor(mechanism: str, size: int, rounds: int, cpus: tuple[int, int]) -> list[int]:
     """Round-trip times in ns of the bare mechanism in C, between two pinned processes; see floor.h for the names."""
+
+def floor_mechanisms() -> tuple[str, ...]:
+    """What `floor` knows; not every mechanism carries every size (ValueError)."""
 
 def floor_throughput(mechanism: str, size: int, count: int, cpus: tuple[int, int]) -> int:
     """Nanoseconds in which `count` messages of `size` bytes went one way."""

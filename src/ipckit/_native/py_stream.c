@@ -125,17 +125,11 @@ int stream_link_too_large(StreamLink *self, size_t size, uint64_t limit, const c
 /* After a call without the GIL: closed, interrupted, or out of time? 0 if it can go on. */
 int stream_link_may_go_on(StreamLink *self, enum stream_status status, const char *operation)
 {
-    if (self->end.closed) {
-        give_up(&self->end, REASON_CLOSED, operation, NULL);
+    if (status == STREAM_SIGNAL && PyErr_CheckSignals() < 0)
         return -1;
-    }
-    if (status == STREAM_SIGNAL)
-        return PyErr_CheckSignals();
-    if (status == STREAM_AGAIN) {
-        give_up(&self->end, REASON_TIMED_OUT, operation, NULL);
-        return -1;
-    }
-    return 0;
+    if (self->end.closed) /* by another thread, or just now by the signal handler */
+        return stream_link_give_up(self, REASON_CLOSED, operation);
+    return status == STREAM_AGAIN ? stream_link_give_up(self, REASON_TIMED_OUT, operation) : 0;
 }
 
 /* -- the methods ----------------------------------------------------------------------------------------------- */

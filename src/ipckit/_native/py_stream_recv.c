@@ -25,7 +25,7 @@ static void learn(StreamLink *self, bool found)
 static int wait_for_input(StreamLink *self, int64_t deadline, const char *operation)
 {
     bool found = false;
-    int64_t spin = spin_time(self);
+    int64_t spin = stream_pending(&self->out) ? 0 : spin_time(self); /* the rest goes out while we sleep */
     if (spin) {
         int64_t now = now_ns(), until = deadline - now < spin ? deadline : now + spin;
         while (!found && now < until) {

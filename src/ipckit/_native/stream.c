@@ -146,7 +146,7 @@ void stream_retarget(struct stream_reader *reader, void *memory)
 static ssize_t read_some(const struct stream_reader *reader, struct iovec *vectors, int count, int flags)
 {
     if (!reader->socket)
-        return readv(reader->fd, vectors, count);
+        return count == 1 ? read(reader->fd, vectors->iov_base, vectors->iov_len) : readv(reader->fd, vectors, count);
     if (count == 1)
         return recv(reader->fd, vectors->iov_base, vectors->iov_len, flags);
     return recvmsg(reader->fd, &(struct msghdr){.msg_iov = vectors, .msg_iovlen = (size_t)count}, flags);
