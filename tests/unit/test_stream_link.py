@@ -369,6 +369,30 @@ def test_a_signal_handler_that_raises_loses_nothing() -> None:
     right.close()
 
 
+@pytest.mark.parametrize("operation", ["recv", "send"])
+def test_a_signal_handler_may_close(pair, operation: str) -> None:
+    left, _ = pair
+    fill(left)
+    before = signal.signal(signal.SIGALRM, lambda *_: left.close())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with gives_up("CLOSED"):
+            left.recv() if operation == "recv" else left.send(b"more")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_long_spin_does_not_hold_back_the_rest() -> None:
+    left, right = make_pair("unix", spin=20_000_000_000)
+    count = fill(left)
+    with background(lambda: left.recv(timeout=10)):
+        for _ in range(count):
+            assert right.recv(timeout=5) == b"y" * 60000
+        right.send(b"answer")
+    left.close()
+    right.close()
+
+
 @pytest.mark.parametrize("spin", [0, 3_000_000_000, -1])
 def test_a_signal_ends_a_spin_too(spin: int) -> None:
     left, right = make_pair("pipe", spin=spin)
@@ -410,6 +434,17 @@ def test_a_timeout_is_never_early(kind: str, spin: int) -> None:
         left.send(b"x", timeout=0)
     left.close()
     right.close()
+
+
+def test_waiting_burns_no_core_even_if_somebody_changes_the_socket(pair) -> None:
+    left, right = pair
+    os.set_blocking(left.fileno(), False)
+    before = time.process_time()
+    with gives_up("TIMED_OUT"):
+        left.recv(timeout=0.4)
+    with gives_up("TIMED_OUT"):
+        right.recv(timeout=0.4)
+    assert time.process_time() - before < 0.3
 
 
 def test_arguments(pair) -> None:

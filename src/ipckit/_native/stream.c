@@ -294,14 +294,16 @@ static bool be_patient(struct stream_reader *reader, int64_t left)
 enum stream_status stream_await(struct stream_reader *reader, struct stream_writer *rest, int bell, int64_t deadline)
 {
     struct stream_view view;
+    bool block = reader->socket && !rest;
     for (;;) {
         int64_t left = deadline == STREAM_FOREVER ? STREAM_FOREVER : deadline - clock_ns();
         if (left <= 0)
             return STREAM_AGAIN;
         enum stream_status filled = STREAM_AGAIN;
-        if (reader->socket && !rest && be_patient(reader, left))
+        if (block && be_patient(reader, left)) {
             filled = fill(reader, 0);
-        else {
+            block = filled != STREAM_AGAIN; /* out of patience; or somebody made the socket non-blocking through another descriptor */
+        } else {
             struct pollfd fds[3] = {{reader->fd, POLLIN, 0}, {bell, POLLIN, 0}, {rest ? rest->fd : -1, POLLOUT, 0}};
             int ready = sleep_on(fds, rest ? 3 : 2, deadline);
             if (ready <= 0)
