@@ -10,22 +10,20 @@ thread, `AsyncChannel` and `AsyncListener` on the running loop; they hold nothin
 
 from __future__ import annotations
 
-import os
-import warnings
-import weakref
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, closing
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
-from . import _options, _registry, errors
+from . import _options, errors
 from ._capabilities import Capabilities
-from ._spi import Abandoning, Buffer, Claiming, Fused, Giving, Link, Peer, Pollable, Prioritised, Steps, Want
+from ._endpoint import Endpoint, Opening
+from ._spi import Buffer, Claiming, Fused, Giving, Link, Peer, Pollable, Prioritised, Steps, Want
 from ._spi import Listener as LinkListener
-from ._url import Url, parse
-from ._wait import Gate, Lane, arun, run
-from .codecs import RAW, Codec, choose
+from ._url import Url
+from ._wait import Lane, arun, run
+from .codecs import RAW, Codec
 
 T = TypeVar("T")
 
@@ -213,56 +211,7 @@ class _Driven:
         return sent, bytes_sent, received, bytes_received
 
 
-_open: weakref.WeakSet[_Endpoint] = weakref.WeakSet()
-
-
-def _let_go() -> None:
-    """In a forked child: give up inherited descriptors, or the peer would not hear that its partner died."""
-    for endpoint in tuple(_open):
-        if isinstance(endpoint._resource, Abandoning):
-            endpoint._resource.abandon()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-class _Endpoint:
-    """What channels and listeners share: an address, a gate, an end."""
-
-    url: Url
-
-    def __init__(self, resource: Link | LinkListener, url: Url, capabilities: Capabilities) -> None:
-        self.url = url
-        self.capabilities = capabilities
-        self._resource = resource
-        self._gate = Gate(url, resource.close)
-        _open.add(self)
-
-    @property
-    def closed(self) -> bool:
-        return self._gate.closed
-
-    @property
-    def native(self) -> Any:
-        """The object underneath (socket, zmq socket, broker client ...), for what ipckit does not wrap."""
-        return self._resource.native
-
-    def _close(self) -> None:
-        self._gate.close()
-
-    def __del__(self) -> None:
-        gate = getattr(self, "_gate", None)
-        if gate is not None and not gate.closed and not gate.foreign:
-            try:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
-            finally:  # a warning may be an error
-                self._close()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.url}{' closed' if self.closed else ''}>"
-
-
-class _BaseChannel(_Endpoint, Generic[T]):
+class _BaseChannel(Endpoint, Generic[T]):
     def __init__(self, link: Link, url: Url, codec: Codec[T], capabilities: Capabilities) -> None:
         super().__init__(link, url, capabilities)
         self._link = link
@@ -437,7 +386,7 @@ def _accept(listener: LinkListener) -> Steps[Link]:
     return link
 
 
-class _BaseListener(_Endpoint, Generic[T]):
+class _BaseListener(Endpoint, Generic[T]):
     def __init__(self, listener: LinkListener, codec: Codec[T], capabilities: Capabilities) -> None:
         super().__init__(listener, listener.url, capabilities)
         self._listener = listener
@@ -500,44 +449,30 @@ class AsyncListener(_BaseListener[T]):
         await self.close()
 
 
-# -- opening ------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------------------------
 
 
-class _Opening:
-    """A URL made ready: transport found, options read, codec chosen; every mistake is told before anything is opened."""
+class _Opening(Opening):
+    """An `Opening` for this pattern, and the options of the transport's links."""
 
     def __init__(
         self, url: str | Url, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
     ) -> None:
-        self.url = parse(url)
-        self.transport = _registry.open_transport(self.url, frozenset(require))
-        self.capabilities = self.transport.capabilities_of(self.url)
-        if "channel" not in self.capabilities.patterns:
-            raise errors.Unsupported("this transport has no channels", url=self.url, operation=operation)
+        super().__init__(url, codec, type, require, "channel", operation)
         if operation == "listen" and not self.capabilities.listen:
             raise errors.Unsupported(
                 "this transport has no names to listen at", url=self.url, operation=operation, hint="use pair()"
             )
-        self.options = _options.read(self.transport.options, self.url)
-        self.codec = choose(codec, type)
-        self._lane = Lane(Gate(self.url, lambda: None), operation, passing=True)
+        self._options = _options.read(self.transport.options, self.url)
 
     def listen(self) -> Steps[LinkListener]:
-        return self.transport.listen(self.url, self.options)
+        return self.transport.listen(self.url, self._options)
 
     def connect(self) -> Steps[Link]:
-        return self.transport.connect(self.url, self.options)
-
-    def run(self, steps: Steps[T], timeout: float | None) -> T:
-        with closing(self._lane.gate):
-            return run(steps, self._lane, timeout)
-
-    async def arun(self, steps: Steps[T], timeout: float | None) -> T:
-        with closing(self._lane.gate):
-            return await arun(steps, self._lane, timeout)
+        return self.transport.connect(self.url, self._options)
 
     def pair(self) -> tuple[Link, Link]:
-        return self.transport.pair(self.url, self.options)
+        return self.transport.pair(self.url, self._options)
 
 
 @overload

@@ -310,7 +310,7 @@ def test_refusals():
     os.close(read)
     os.close(write)
     left, right = ipckit.pair("unix://")
-    with left, right, pytest.raises(TypeError, match="pickle"):
+    with left, right, pytest.raises(errors.Unsupported, match="another process"):
         pickle.dumps(left)
 
 

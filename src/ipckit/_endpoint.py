@@ -1,0 +1,115 @@
+"""What every endpoint has, whatever its pattern: how it is opened, how it is closed, what a fork does to it.
+
+`Opening` makes a URL ready: every mistake is told before anything is opened. `Endpoint` is an address, a gate and the thing
+underneath; patterns add their verbs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Collection
+from contextlib import closing
+from typing import Any, Protocol, TypeVar
+
+from . import _registry, errors
+from ._capabilities import Capabilities, Pattern
+from ._spi import Abandoning, Steps
+from ._url import Url, parse
+from ._wait import Gate, Lane, arun, run
+from .codecs import Codec, choose
+
+T = TypeVar("T")
+
+
+class Resource(Protocol):
+    """A link, a listener, an outlet, an intake."""
+
+    @property
+    def native(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+_open: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child: give up inherited descriptors, or the peer would not hear that its partner died."""
+    for endpoint in tuple(_open):
+        if isinstance(endpoint._resource, Abandoning):
+            endpoint._resource.abandon()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+class Endpoint:
+    """An address, a gate, an end."""
+
+    url: Url
+
+    def __init__(self, resource: Resource, url: Url, capabilities: Capabilities) -> None:
+        self.url = url
+        self.capabilities = capabilities
+        self._resource = resource
+        self._gate = Gate(url, resource.close)
+        _open.add(self)
+
+    @property
+    def closed(self) -> bool:
+        return self._gate.closed
+
+    @property
+    def native(self) -> Any:
+        """The object underneath (socket, zmq socket, broker client ...), for what ipckit does not wrap."""
+        return self._resource.native
+
+    def _close(self) -> None:
+        self._gate.close()
+
+    def __del__(self) -> None:
+        gate = getattr(self, "_gate", None)
+        if gate is not None and not gate.closed and not gate.foreign:
+            try:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
+            finally:  # a warning may be an error
+                self._close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}{' closed' if self.closed else ''}>"
+
+
+class Opening:
+    """A URL made ready: transport found, pattern and requirements checked, codec chosen."""
+
+    def __init__(
+        self,
+        url: str | Url,
+        codec: str | Codec[Any] | None,
+        type: Any,
+        require: Collection[str],
+        pattern: Pattern,
+        operation: str,
+    ) -> None:
+        self.url = parse(url)
+        self.transport = _registry.open_transport(self.url, frozenset(require))
+        self.capabilities = self.transport.capabilities_of(self.url)
+        if pattern not in self.capabilities.patterns:
+            raise errors.Unsupported(
+                f"this transport has no pattern {pattern!r}",
+                url=self.url,
+                operation=operation,
+                hint=f"it has: {', '.join(sorted(self.capabilities.patterns))}",
+            )
+        self.codec = choose(codec, type)
+        self._lane = Lane(Gate(self.url, lambda: None), operation, passing=True)
+
+    def run(self, steps: Steps[T], timeout: float | None) -> T:
+        with closing(self._lane.gate):
+            return run(steps, self._lane, timeout)
+
+    async def arun(self, steps: Steps[T], timeout: float | None) -> T:
+        with closing(self._lane.gate):
+            return await arun(steps, self._lane, timeout)
