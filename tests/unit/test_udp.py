@@ -14,6 +14,7 @@ import pytest
 import ipckit
 from ipckit import aio, errors
 from ipckit.transports import udp
+from ipckit.transports._udplink import MAX_MESSAGE
 
 
 def address(listener):
@@ -45,7 +46,7 @@ def raw(listener):
 def test_round_trips_on_one_port(listener):
     client, server = both(listener)
     with client, server:
-        for size in (0, 1, 1000, udp.MAX_MESSAGE):
+        for size in (0, 1, 1000, MAX_MESSAGE):
             client.send(b"x" * size)
             assert server.recv(5) == b"x" * size
             server.send(b"y" * size)
@@ -71,10 +72,10 @@ def test_too_large(listener):
     client, server = both(listener)
     with client, server:
         with pytest.raises(errors.MessageTooLarge, match="65498"):
-            client.send(bytes(udp.MAX_MESSAGE + 1))
+            client.send(bytes(MAX_MESSAGE + 1))
         client.send(b"still good")
         assert server.recv(5) == b"still good"
-    assert ipckit.capabilities("udp://x:1").max_message == udp.MAX_MESSAGE
+    assert ipckit.capabilities("udp://x:1").max_message == MAX_MESSAGE
 
 
 def test_limit_of_the_receiver():
@@ -102,6 +103,24 @@ def test_goodbye_is_heard_by_receiver_and_sender(listener):
                 server.recv(5)
             with pytest.raises(errors.PeerClosed):
                 server.send(b"x", 5)
+
+
+def test_what_came_before_the_end_is_delivered(listener):
+    client, server = both(listener)
+    server.send(b"first")
+    server.close()
+    listener.close()
+    with client:
+        with contextlib.suppress(errors.PeerError):
+            for _ in range(1000):
+                client.send(b"to nobody", 5)
+                time.sleep(0.01)
+        with pytest.raises(errors.PeerError):
+            client.send(b"to nobody")
+        assert client.recv(5) == b"first"
+        for _ in range(2):
+            with pytest.raises(errors.PeerClosed):
+                client.recv(5)
 
 
 def test_nobody_there_is_a_death(listener):
@@ -189,6 +208,42 @@ def hello(listener, client, session):
     assert challenge[:9] == b"C" + session
     client.send(b"H" + session + challenge[9:])
     return challenge[9:]
+
+
+def test_a_slow_listener_is_not_left_with_a_dead_session(listener, monkeypatch):
+    """Its ACCEPT takes longer than the client waits before it asks again; the session that was accepted is the one."""
+    real = udp.UdpLink.accept
+    monkeypatch.setattr(udp.UdpLink, "accept", lambda link: (time.sleep(0.3), real(link)))
+    client, server = both(listener)
+    with client, server:
+        client.send(b"x")
+        assert server.recv(5) == b"x"
+    with pytest.raises(errors.Timeout):
+        listener.accept(0.3)
+
+
+def test_a_client_that_gives_up_says_so(listener):
+    given_up = []
+
+    def attempt():
+        try:
+            ipckit.connect(listener.url, timeout=0.5)
+        except errors.NothingListening as error:
+            given_up.append(error)
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    deadline = time.monotonic() + 5
+    real, udp.UdpLink.accept = udp.UdpLink.accept, lambda self: None  # every ACCEPT is lost
+    try:
+        server = listener.accept(5)
+        thread.join()
+    finally:
+        udp.UdpLink.accept = real
+    assert given_up
+    assert time.monotonic() < deadline
+    with server, pytest.raises(errors.PeerClosed):
+        server.recv(5)
 
 
 def test_a_spoofed_hello_costs_nothing(listener):
