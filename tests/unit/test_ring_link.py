@@ -455,35 +455,50 @@ def test_fileno_is_readable_exactly_when_there_is_something(pair):
     assert readable()
 
 
-@pytest.mark.parametrize("spin", [0, 5_000_000_000])
-def test_a_signal_handler_runs_and_may_raise(pair, spin):
-    left, right = pair(PAGE, spin=spin)
-    while left.try_send(b"x" * 1000):
-        pass
+class Interrupted(Exception):
+    pass
 
-    class Interrupted(Exception):
-        pass
+
+@pytest.fixture
+def alarm():
+    """alarm(seconds) -> Interrupted is raised in the main thread then, as Ctrl-C would be."""
 
     def handler(*_):
         raise Interrupted
 
     before = signal.signal(signal.SIGALRM, handler)
-    try:
-        for call in (lambda: right.recv_into(bytearray(1), 20) and None, lambda: left.send(b"x" * 1000, 20)):
-            while right.try_recv() is not None and call.__code__.co_names[0] == "recv_into":
-                pass
-            if call.__code__.co_names[0] == "send":
-                while left.try_send(b"x" * 1000):
-                    pass
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            begin = time.monotonic()
-            with pytest.raises(Interrupted):
-                call()
-            assert time.monotonic() - begin < 5
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert right.recv(1) == b"x" * 1000
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("spin", [0, 5_000_000_000])
+def test_a_signal_handler_ends_a_wait(pair, alarm, spin):
+    left, right = pair(PAGE, spin=spin)
+    frame = b"x" * 1000
+    begin = time.monotonic()
+    alarm(0.05)
+    with pytest.raises(Interrupted):
+        right.recv(20)
+    while left.try_send(frame):
+        pass
+    alarm(0.05)
+    with pytest.raises(Interrupted):
+        left.send(frame, 20)
+    assert time.monotonic() - begin < 10
+    assert [len(got) for got in right.recv_many(100)] == [1000] * 4, "the interrupted frame is not among them"
+
+
+def test_an_interrupted_large_frame_keeps_its_rest(pair, alarm):
+    left, right = pair(1 << 14)
+    large = patterned(100_000)
+    alarm(0.05)
+    with pytest.raises(Interrupted):
+        left.send(large, 20)
+    with thread(right.recv, 10) as receiver:
+        while not left.try_flush():
+            pass
+    assert receiver.outcome == large
 
 
 # -- ends -----------------------------------------------------------------------------------------------------------
@@ -629,6 +644,7 @@ def test_no_descriptor_is_left(pair):
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside pytest-timeout's thread
 def test_a_forked_child_is_refused_and_does_not_keep_the_peer_waiting(pair):
     left, right = pair()
     left.send(b"for the parent")

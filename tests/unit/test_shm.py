@@ -294,6 +294,7 @@ def test_a_listener_that_sends_something_else(runtime_dir, no_descriptor_left, a
         ipckit.connect("shm://rings", timeout=10)
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside pytest-timeout's thread
 def test_only_our_own_user_and_root_are_let_in(caplog):
     if os.geteuid() != 0:
         pytest.skip("acting as another user takes root")
@@ -321,6 +322,7 @@ def test_only_our_own_user_and_root_are_let_in(caplog):
     assert "uid 65534" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside pytest-timeout's thread
 def test_the_death_of_a_peer_has_its_pid(caplog):
     caplog.set_level(logging.DEBUG)
     with ipckit.listen("shm://rings") as listener:
