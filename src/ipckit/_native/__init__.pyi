@@ -70,7 +70,7 @@ class RingLink:
     The descriptors are the link's once the constructor has returned; when it raises, they are still the caller's. `on_fork` must
     raise: a ring belongs to the process that opened it.
 
-    Frames up to a chunk (a quarter of the ring, 256 KiB at most) are one record; longer ones, up to `limit`, stream. A sender
+    Frames up to a chunk (a sixteenth of the ring, 16 to 256 KiB) are one record; longer ones, up to `limit`, stream. A sender
     that never waits hears of its peer's death within a tick of the coarse clock (1 to 10 ms), everybody who waits at once.
     While a loan is open its link sends nothing else. Borrows may overlap; memory goes back when the last of them ends.
     """

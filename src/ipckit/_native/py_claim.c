@@ -75,8 +75,12 @@ static void end_borrow(Claim *self)
         Py_CLEAR(self->assembled);
         return;
     }
-    ring->held--;
-    if (usable(self->link))
+    atomic_fetch_sub(&ring->held, 1); /* SYNC POINT: release due */
+    if (!usable(self->link))
+        return;
+    if (self->link->end.recv.busy) /* two threads that give back at once could move the head back */
+        ring_release_soon(ring);
+    else
         ring_release(ring);
 }
 
@@ -320,7 +324,7 @@ PyObject *link_try_borrow(PyObject *object, PyObject *unused)
             claim->assembled = link->partial;
             link->partial = NULL;
         } else
-            link->ring->held++;
+            atomic_fetch_add(&link->ring->held, 1);
         link->end.counters[2]++;
         link->end.counters[3] += frame.size;
     }

@@ -80,8 +80,12 @@ int link_try_enter(RingLink *self, struct lane *lane, const char *operation)
 void link_hand_on(RingLink *self, struct lane *lane)
 {
     bool sending = lane == &self->end.send;
-    if (!sending && __builtin_expect(self->ring->watched, 0))
-        ring_watch_on(self->ring);
+    if (!sending) {
+        if (__builtin_expect(RING_HINT(self->ring->release_due), 0))
+            ring_release(self->ring);
+        if (__builtin_expect(self->ring->watched, 0))
+            ring_watch_on(self->ring);
+    }
     lane_leave(lane);
     if (__builtin_expect(self->turned_away != 0, 0)) {
         int want = sending ? RING_SEND : RING_RECV;

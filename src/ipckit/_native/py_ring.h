@@ -26,6 +26,9 @@ typedef struct {
     PyObject *weakrefs;
 } RingLink;
 
+/* A glance that orders nothing: what is seen is looked at again, in order, by ring.c. */
+#define RING_HINT(word) atomic_load_explicit(&(word), memory_order_relaxed)
+
 #define BRIEF_NS 1500
 enum { LARGE = 64 << 10 }; /* copying more than this is worth letting go of the GIL */
 

@@ -151,7 +151,7 @@ int link_next(RingLink *self, struct ring_frame *frame, const char *operation)
         else { /* who only ever tries must hear of a death, too */
             ring_glance(self->ring);
             glanced = true;
-            if (!atomic_load_explicit(&self->ring->ended, memory_order_relaxed))
+            if (!RING_HINT(self->ring->ended))
                 return 0;
         }
     }
@@ -164,6 +164,8 @@ static int await_frame(RingLink *self, struct ring_frame *frame, struct patience
         int found = link_next(self, frame, operation);
         if (found)
             return found;
+        if (__builtin_expect(RING_HINT(self->ring->release_due), 0))
+            ring_release(self->ring);
         int want = RING_RECV;
         if (__builtin_expect(self->rest_owner != NULL, 0) && !self->end.send.busy) {
             self->end.send.busy = true;

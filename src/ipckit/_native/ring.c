@@ -6,7 +6,9 @@
  *   give back      the receiver's store of head (release)     the sender's load of head (acquire): memory to write again
  *   reader sleeps  the receiver: flag, full fence, tail       the sender: tail, full fence, flag
  *   writer sleeps  the sender: flag, full fence, head         the receiver: head, full fence, flag
+ *   release due    another thread: held less one, due         the receiver: due taken, then held (all sequentially consistent)
  *   goodbye        the closer's store of closed (release)     the receiver's load of closed (acquire), then tail again
+ *   ended          the store after the kernel said so         the receiver's load, then tail again
  *
  * The two "sleeps" are the store-load race: each side writes its own word and then reads the other's, and without a full fence
  * between the two, both may read the old value: the sender does not ring and the receiver sleeps for ever. */
@@ -17,10 +19,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <string.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -158,8 +157,13 @@ void ring_unmap(struct ring_map *map)
 
 /* -- one side ------------------------------------------------------------------------------------------------------ */
 
-/* Frames above this are streamed. Smaller records keep both processors busy with one frame, and in cache; see the ADR. */
-#define CHUNK (UINT64_C(1) << 18)
+/* Frames above this are streamed. Many chunks to a ring let both processors copy at once, out of one another's cache; few make a
+ * frame cheaper. The ADR has the figures. */
+static uint64_t chunk_of(uint64_t capacity)
+{
+    uint64_t chunk = capacity / 16, least = capacity / 4 < 1 << 14 ? capacity / 4 : 1 << 14;
+    return chunk < least ? least : chunk < 1 << 18 ? chunk : 1 << 18;
+}
 
 void ring_init(struct ring *r, const struct ring_map *map, int side, const int bells[4], int control, int bell, uint64_t limit)
 {
@@ -171,7 +175,7 @@ void ring_init(struct ring *r, const struct ring_map *map, int side, const int b
     r->capacity = map->capacity;
     r->mask = map->capacity - 1;
     r->limit = limit;
-    r->chunk = map->capacity / 4 < CHUNK ? map->capacity / 4 : CHUNK;
+    r->chunk = chunk_of(map->capacity);
     r->ring_data = bells[2 * side];
     r->hear_space = bells[2 * side + 1];
     r->hear_data = bells[2 * !side];
@@ -273,6 +277,7 @@ void ring_publish(struct ring *r)
 void ring_wake_reader(struct ring *r)
 {
     full_fence(); /* SYNC POINT: reader sleeps */
+    /* Who takes the announcement rings the bell; the exchange orders nothing. */
     if (GLANCE(r->out->reader_sleeps) &&
         atomic_exchange_explicit(&r->out->reader_sleeps, 0, memory_order_relaxed))
         ring_bell(r->ring_data);
@@ -411,7 +416,9 @@ void ring_take(struct ring *r, const struct ring_frame *frame)
 
 void ring_release(struct ring *r)
 {
-    if (r->held || r->head == r->read)
+    if (__builtin_expect(GLANCE(r->release_due), 0))
+        atomic_exchange(&r->release_due, false); /* SYNC POINT: release due */
+    if (atomic_load(&r->held) || r->head == r->read) /* SYNC POINT: release due */
         return;
     r->head = r->read;
     atomic_store_explicit(&r->in->head, r->read, memory_order_release); /* SYNC POINT: give back */
@@ -423,4 +430,10 @@ void ring_release(struct ring *r)
             atomic_exchange_explicit(&r->in->writer_sleeps, 0, memory_order_relaxed))
             ring_bell(r->ring_space);
     }
+}
+
+void ring_release_soon(struct ring *r)
+{
+    atomic_store(&r->release_due, true); /* SYNC POINT: release due */
+    ring_bell(r->hear_data);
 }

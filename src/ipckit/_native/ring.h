@@ -67,7 +67,8 @@ struct ring {
     alignas(RING_LINE) uint64_t read; /* what we have taken */
     uint64_t seen_tail;
     uint64_t head;    /* what we have given back; behind `read` while borrows are out */
-    unsigned held;    /* borrows */
+    atomic_uint held;        /* borrows; ended by any thread */
+    atomic_bool release_due; /* one ended while the receiving thread was at work: that thread gives the memory back */
     uint8_t *into;    /* memory for the frame that is streaming in, or NULL */
     uint64_t total, done;
     bool data_dirty; /* our data bell may hold a count that nobody has read */
@@ -114,8 +115,10 @@ struct ring_frame {
 enum ring_status ring_next(struct ring *r, struct ring_frame *frame);
 void ring_assemble(struct ring *r, uint8_t *into, uint64_t size); /* after LARGE */
 void ring_take(struct ring *r, const struct ring_frame *frame);
-/* Give back what was taken, and wake the peer if it waits for that much. */
+/* Give back what was taken and is not held, and wake the peer if it waits for that much. */
 void ring_release(struct ring *r);
+/* Any thread: the receiving thread shall call ring_release, and is woken for it. */
+void ring_release_soon(struct ring *r);
 
 /* -- waiting ------------------------------------------------------------------------------------------------------- */
 

@@ -50,7 +50,7 @@ bool ring_ready(struct ring *r, int want)
         return true;
     if ((want & RING_SEND) && r->capacity - (GLANCE(r->tail) - GLANCE(r->out->head)) >= GLANCE(r->need))
         return true;
-    return GLANCE(r->in->closed) || GLANCE(r->ended) || GLANCE(r->broken);
+    return GLANCE(r->in->closed) || GLANCE(r->ended) || GLANCE(r->broken) || ((want & RING_RECV) && GLANCE(r->release_due));
 }
 
 bool ring_spin(struct ring *r, int want, unsigned rounds)
