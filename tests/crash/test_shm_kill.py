@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import statistics
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def test_fifty_kills(role, tmp_path, monkeypatch):
     assert not report.faults, "\n".join(report.faults)
     assert report.rounds == 50
     assert report.messages > 0
+    # One of them may be late on a busy machine; the script, for a quiet one, counts each.
+    assert statistics.median(report.latencies) < shm_kill.BOUND
     print(report)
 
 

@@ -204,13 +204,13 @@ static void test_held_memory_is_not_given_back(void)
     send_frame(tx, 1, 1000, false);
     send_frame(tx, 2, 1000, false);
     CHECK(ring_next(rx, &frame) == RING_OK);
-    rx->held++;
+    atomic_fetch_add(&rx->held, 1);
     ring_take(rx, &frame);
     ring_release(rx);
     recv_frame(rx, 2, 1000, false);
     CHECK(ring_reserve(tx, 3000, &payload) == RING_WAIT);
     CHECK(is_filled(frame.payload, 1, 1000));
-    rx->held--;
+    atomic_fetch_sub(&rx->held, 1);
     ring_release(rx);
     CHECK(ring_reserve(tx, 3000, &payload) == RING_OK);
     close_both(&both);

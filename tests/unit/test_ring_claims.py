@@ -215,3 +215,41 @@ def test_a_loan_to_a_peer_that_left_says_so(ends):
     with pytest.raises(errors.PeerClosed), left.loan(5) as view:
         view[:] = b"12345"
         right.close()
+
+
+def test_a_borrow_that_ends_while_another_thread_receives(ends):
+    """Both give memory back; the sender must never see its ring's head go backwards, nor wait for ever."""
+    left, right = ends
+    large = bytes(range(256)) * 800
+    rounds = 150
+    wrong = []
+
+    def send():
+        try:
+            for _ in range(rounds):
+                left.send(b"small", timeout=20)
+                left.send(large, timeout=20)
+        except errors.IpcError as error:
+            wrong.append(error)
+
+    def receive():
+        try:
+            if right.recv(timeout=20) != large:
+                wrong.append("torn")
+        except errors.IpcError as error:
+            wrong.append(error)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for n in range(rounds):
+        with right.borrow(timeout=20) as view:
+            assert bytes(view) == b"small"
+            receiver = threading.Thread(target=receive)
+            receiver.start()
+            receiver.join(0.0003 * (n % 8))
+        receiver.join(20)
+        assert not receiver.is_alive()
+        assert not wrong, wrong
+    sender.join(20)
+    assert not sender.is_alive()
+    assert not wrong, wrong
