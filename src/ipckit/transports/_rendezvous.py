@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, overload
 
 import msgspec
 
@@ -33,6 +34,10 @@ from .._url import Url
 from ._mail import BYE, Card, Inbox, MailLink, Outbox, Post, Watch, merge
 
 log = logging.getLogger("ipckit.rendezvous")
+
+#: Makes the link of a finished handshake: from the two mailboxes, our limit and the peer's.
+Maker: TypeAlias = Callable[[Post, Inbox, Outbox, Watch, int, int], "L"]
+L = TypeVar("L", bound=Link)
 
 VERSION = 1
 
@@ -60,8 +65,12 @@ class _Greeting(msgspec.Struct, frozen=True):
 # -- connecting -------------------------------------------------------------------------------------------------------
 
 
-def connect(post: Post, limit: int) -> Steps[MailLink]:
-    """Find the listener, waiting for one until the driver throws Timeout."""
+@overload
+def connect(post: Post, limit: int) -> Steps[MailLink]: ...
+@overload
+def connect(post: Post, limit: int, make: Maker[L]) -> Steps[L]: ...
+def connect(post: Post, limit: int, make: Maker[Any] = MailLink) -> Steps[Any]:
+    """Find the listener, waiting for one until the driver throws Timeout. `make`: the link, once both are ready."""
     found = False
     last: errors.IpcError | None = None
     pause = _LOOK_AGAIN[0]
@@ -71,7 +80,7 @@ def connect(post: Post, limit: int) -> Steps[MailLink]:
                 card = yield from post.find()
                 if card is not None:
                     found = True
-                    return (yield from _knock(post, card, limit))
+                    return (yield from _knock(post, card, limit, make))
             except (errors.NothingListening, errors.PeerError) as error:
                 log.debug("%s: the listener is gone, or the way to it: %s", post.url, error)
                 last = error
@@ -84,7 +93,7 @@ def connect(post: Post, limit: int) -> Steps[MailLink]:
         raise errors.NothingListening(message, url=post.url, operation="connect") from last or timeout
 
 
-def _knock(post: Post, card: Card, limit: int) -> Steps[MailLink]:
+def _knock(post: Post, card: Card, limit: int, make: Maker[L]) -> Steps[L]:
     """One handshake with one listener, in a mailbox of its own: what a former attempt left cannot be mistaken."""
     inbox = yield from post.open_inbox()
     try:
@@ -105,7 +114,7 @@ def _knock(post: Post, card: Card, limit: int) -> Steps[MailLink]:
     except BaseException:
         inbox.close()
         raise
-    return MailLink(post, inbox, outbox, watch, limit, welcome.limit)
+    return make(post, inbox, outbox, watch, limit, welcome.limit)
 
 
 def _put(outbox: Outbox, watch: Watch, frame: bytes) -> Steps[None]:
@@ -161,13 +170,17 @@ def _greeting(url: Url, kind: bytes, frame: bytes) -> _Greeting:
 # -- listening ----------------------------------------------------------------------------------------------------------
 
 
-def listen(post: Post, limit: int) -> Steps[Desk]:
+def listen(post: Post, limit: int, make: Maker[Any] = MailLink) -> Steps[Desk]:
     """Take the name."""
     inbox = yield from post.open_rendezvous()
-    return Desk(post.url, inbox, lambda frame: admit(post, frame, limit))
+    return Desk(post.url, inbox, lambda frame: admit(post, frame, limit, make))
 
 
-def admit(post: Post, frame: bytes, limit: int) -> Steps[MailLink]:
+@overload
+def admit(post: Post, frame: bytes, limit: int) -> Steps[MailLink]: ...
+@overload
+def admit(post: Post, frame: bytes, limit: int, make: Maker[L]) -> Steps[L]: ...
+def admit(post: Post, frame: bytes, limit: int, make: Maker[Any] = MailLink) -> Steps[Any]:
     """The listener's side of one handshake. Whatever it raises, only this guest is turned away."""
     hello = _greeting(post.url, HELLO, frame)
     outbox, watch = yield from post.open_outbox(hello.card)
@@ -184,7 +197,7 @@ def admit(post: Post, frame: bytes, limit: int) -> Steps[MailLink]:
         outbox.close(BYE)
         watch.close()
         raise
-    return MailLink(post, inbox, outbox, watch, limit, hello.limit)
+    return make(post, inbox, outbox, watch, limit, hello.limit)
 
 
 @dataclass(slots=True)

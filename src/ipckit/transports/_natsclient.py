@@ -1,0 +1,370 @@
+"""One client of nats-py on its home loop: opened, shared by mailboxes, watched for breaks, closed by its last user.
+
+Everything that is particular to nats-py is in this file, and its exceptions become ours in `map_nats`. Two of its
+habits are avoided, because they cost more than all else in a message: a task and a queue for each subscription
+(`_Tap`), and a task for each publish (`_now`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import ssl
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .. import _options, errors
+from .._options import option
+from .._spi import Steps
+from .._url import Url
+from ._bridge import Home, find_home, forget
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+log = logging.getLogger("ipckit.nats")
+
+PROBE_EVERY = 0.5  # seconds between two questions to the server whether a peer is still there
+
+
+def _window(text: str) -> int:
+    window = _options.size(text)
+    if not 4096 <= window <= 1 << 30:
+        raise ValueError("a size from 4KiB to 1GiB")
+    return window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NatsOptions(_options.LinkOptions):
+    window: int = option(512 << 10, _window, "bytes under way to a peer that does not receive, before send waits")
+    token: str | None = option(None, _options.text, "token to log in with")
+    creds: str | None = option(None, _options.text, "credentials file to log in with (needs the package nkeys)")
+    cafile: str | None = option(None, _options.text, "nats+tls: certificates to trust, instead of the system's")
+    certfile: str | None = option(None, _options.text, "nats+tls: our certificate, where the server asks for one")
+    keyfile: str | None = option(None, _options.text, "nats+tls: its key")
+
+
+# -- the connection -------------------------------------------------------------------------------------------------
+
+
+def map_nats(error: BaseException, url: Url, operation: str) -> errors.IpcError:
+    """The only place where the errors of nats-py, of its sockets and of TLS become ours."""
+    import nats.errors
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, errors.IpcError):
+        return error
+    if isinstance(error, nats.errors.AuthorizationError) or "authorization violation" in text.lower():
+        return errors.AccessDenied("the server refuses the login", url=url, operation=operation)
+    if "permissions violation" in text.lower():
+        return errors.AccessDenied(text, url=url, operation=operation, hint="see the permissions of this user")
+    if isinstance(error, ssl.SSLError):
+        return errors.AccessDenied(f"no TLS with this server: {text}", url=url, operation=operation)
+    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+        return errors.BadOption(text, url=url, operation=operation)
+    if isinstance(error, OSError | asyncio.TimeoutError | nats.errors.NoServersError | nats.errors.TimeoutError):
+        return errors.NothingListening(f"no NATS server answers: {text}", url=url, operation=operation)
+    return errors.PeerError(f"the connection to the NATS server failed: {text}", url=url, operation=operation)
+
+
+class Ringing(Protocol):
+    """A mailbox, as its connection knows it."""
+
+    def ring(self) -> None: ...
+
+
+class Probing(Protocol):
+    """Somebody who asks the server, now and then, whether a peer is there."""
+
+    key: str
+
+    def tick(self) -> None: ...
+    def verdict(self, *, nobody: bool) -> None: ...
+
+
+class Connection:
+    """One client, shared by a listener and the links that it accepted. The last user closes it."""
+
+    def __init__(self, home: Home, url: Url) -> None:
+        import nats.aio.client
+
+        self.home = home
+        self.url = url
+        self.client: Client = nats.aio.client.Client()
+        self.cut = 0  # how often the connection was lost: what lived before does not live after
+        self.denied: str | None = None  # what the server has forbidden us
+        self.error: BaseException | None = None  # the last that the client told us
+        self.mailboxes = set[Ringing]()
+        self._probing: dict[str, Probing] = {}
+        self._verdicts = ""  # prefix of the subjects where the server says that nobody is there
+        self._users = 1
+        self._life: asyncio.Task[None] | None = None
+        self._confirming: asyncio.Task[None] | None = None
+        self._buffered: Callable[[], int] = int  # bytes that the transport of the loop holds
+
+    async def open(self, options: NatsOptions, *, reconnect: bool) -> None:
+        """Connect. Raises what nats-py raises."""
+        tls = _tls_context(options) if self.url.scheme == "nats+tls" else None
+        settings: dict[str, Any] = dict(
+            name="ipckit",
+            error_cb=self._on_error,
+            disconnected_cb=self._on_cut,
+            closed_cb=self._on_cut,
+            reconnected_cb=self._on_connected,
+            allow_reconnect=False,
+            max_reconnect_attempts=1,
+            reconnect_time_wait=0.01,
+            connect_timeout=5,
+            ping_interval=20,
+            no_echo=True,
+            tls=tls,
+            pending_size=max(8 << 20, 8 * options.window),  # so that it never makes a publisher wait
+            **_login(self.url, options, tls),
+        )
+        await self.client.connect([f"nats://{_authority(host.name, host.port)}" for host in self.url.hosts], **settings)
+        if tls is not None and not tls.used:
+            raise ssl.SSLError("the server offers none")
+        if reconnect:
+            self.client.options.update(allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=0.25)
+        await self._on_connected()
+        self._verdicts = self.client.new_inbox() + "."
+        await self.tap(self._verdicts + "*", self._on_verdict)
+        self._life = self.home.loop.create_task(self._live())
+
+    async def tap(self, subject: str, deliver: Callable[[Any], None]) -> Any:
+        """Subscribe. Each message is handed over right where the client has read it; `deliver` must not raise."""
+        tap: Any = _Tap(deliver)
+        return await self.client.subscribe(subject, future=tap)
+
+    def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
+        """On the loop only. The client writes it in the next turn of the loop; if it cannot, the connection is cut."""
+        try:
+            _now(self.client.publish(subject, payload, reply))
+        except Exception as error:
+            self.error = error
+            self._break()
+
+    def unsubscribe(self, subscription: Any) -> None:
+        """On the loop only."""
+        if not self.client.is_closed:
+            _now(subscription.unsubscribe())
+
+    @property
+    def written(self) -> bool:
+        """Everything published has gone to the socket."""
+        return self.client.pending_data_size == 0 and self._buffered() == 0
+
+    async def round_trip(self) -> None:
+        """Return when the server has read all that was published, and we what it says to it."""
+        pause = 0.0
+        while self.client.pending_data_size:  # the client's ping overtakes what it has not yet written
+            await asyncio.sleep(pause)
+            pause = 0.001
+        await self.client.flush()
+
+    def confirm(self) -> None:
+        """On the loop: ring when the server has read what was published."""
+
+        async def confirm() -> None:
+            try:
+                with contextlib.suppress(Exception):  # a broken connection is told elsewhere
+                    await self.round_trip()
+            finally:
+                self._confirming = None
+                self.ring()
+
+        if self._confirming is None:
+            self._confirming = self.home.loop.create_task(confirm())
+
+    def probe(self, subject: str, payload: bytes, key: str) -> None:
+        """Publish something; if nobody gets it, the server tells `key` so."""
+        self.publish(subject, payload, self._verdicts + key)
+
+    def check(self, cut: int, operation: str) -> None:
+        """Raise unless the connection has been whole since it was cut for the `cut`th time."""
+        if self.cut != cut or self.home.broken:
+            raise self.broken(operation)
+        if self.denied is not None:
+            raise errors.AccessDenied(self.denied, url=self.url, hint="see the permissions of this user")
+
+    def broken(self, operation: str | None = None) -> errors.PeerError:
+        what = (
+            "the client was interrupted in the midst of its work"
+            if self.home.broken
+            else "the connection to the NATS server was lost, and perhaps messages with it"
+        )
+        error = errors.PeerError(what, url=self.url, operation=operation)
+        error.__cause__ = self.error
+        return error
+
+    # what the client tells
+
+    async def _on_error(self, error: Exception) -> None:
+        self.error = error
+        log.debug("%s: %s: %s", self.url, type(error).__name__, error)
+        if "permissions violation" in str(error).lower():
+            self.denied = str(error)
+            self.ring()
+
+    async def _on_connected(self) -> None:
+        writer = _writer(self.client)
+        self._buffered = int if writer is None else writer.transport.get_write_buffer_size
+
+    async def _on_cut(self) -> None:
+        self._break()
+
+    def _break(self) -> None:
+        self.cut += 1
+        self.ring()
+
+    def _on_verdict(self, message: Any) -> None:
+        probing = self._probing.get(message.subject.rpartition(".")[2])
+        if probing is not None:
+            probing.verdict(nobody=(message.headers or {}).get("Status") == "503")
+            self.ring()
+
+    def ring(self) -> None:
+        for mailbox in tuple(self.mailboxes):
+            mailbox.ring()
+
+    async def _live(self) -> None:
+        try:
+            while True:
+                await asyncio.sleep(PROBE_EVERY)
+                if self.client.is_connected:
+                    for probing in tuple(self._probing.values()):
+                        probing.tick()
+        finally:
+            await self.client.close()  # also when the loop ends before its last user
+
+    # who uses it
+
+    def enter(self, probing: Probing | None = None) -> None:
+        self._users += 1
+        if probing is not None:
+            self._probing[probing.key] = probing
+
+    def leave(self, probing: Probing | None = None) -> None:
+        self._users -= 1
+        if probing is not None:
+            self._probing.pop(probing.key, None)
+        if not self._users:
+            self.home.close(self._farewell, self._let_go)
+
+    async def _farewell(self) -> None:
+        if self._life is not None:
+            self._life.cancel()
+        await self.client.close()
+
+    def _let_go(self) -> None:
+        writer = _writer(self.client)
+        if writer is not None and not self.home.loop.is_closed():
+            writer.transport.abort()
+        else:
+            forget(_descriptors(self.client))
+
+    def abandon(self) -> None:
+        self.home.abandon()
+        forget(_descriptors(self.client))
+
+
+class _Tap:
+    """What `subscribe(future=)` takes, used for more than one message.
+
+    The client sets the result of that future where it reads the socket. Its callbacks instead go through a queue and a task:
+    half of the cost of a message.
+    """
+
+    def __init__(self, deliver: Callable[[Any], None]) -> None:
+        self.set_result = deliver
+
+    def cancelled(self) -> bool:
+        return False
+
+
+def _now(coroutine: Coroutine[Any, Any, object]) -> None:
+    """Run a coroutine of the client that only appends to its buffers, without a task."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    coroutine.close()  # it waits for the socket, with our bytes in its buffer already
+
+
+def _writer(client: Client) -> asyncio.StreamWriter | None:
+    """The client's stream, which it does not show: to see what is still in it, and to let go of it after a fork."""
+    writer: asyncio.StreamWriter | None = getattr(getattr(client, "_transport", None), "_io_writer", None)
+    return writer
+
+
+def _descriptors(client: Client) -> list[int]:
+    writer = _writer(client)
+    sock = None if writer is None else writer.get_extra_info("socket")
+    return [] if sock is None or sock.fileno() < 0 else [sock.fileno()]
+
+
+def _authority(name: str, port: int | None) -> str:
+    return f"{f'[{name}]' if ':' in name else name}:{port or 4222}"
+
+
+class _TlsContext(ssl.SSLContext):
+    """Knows whether it has been used: nats-py speaks without TLS to a server that offers none."""
+
+    used = False
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        self.used = True
+        return super().wrap_bio(*args, **kwargs)
+
+
+def _tls_context(options: NatsOptions) -> _TlsContext:
+    context = _TlsContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies, and checks the host name
+    if options.cafile:
+        context.load_verify_locations(options.cafile)
+    else:
+        context.load_default_certs()
+    if options.certfile:
+        context.load_cert_chain(options.certfile, options.keyfile)
+    return context
+
+
+def _login(url: Url, options: NatsOptions, tls: _TlsContext | None) -> dict[str, Any]:
+    def secret(text: str) -> str | Callable[[], str]:
+        def reveal() -> str:
+            if tls is None or not tls.used:
+                raise ssl.SSLError("the server offers none, and the login is not for everybody to read")
+            return text
+
+        return text if tls is None else reveal
+
+    if options.creds:
+        if importlib.util.find_spec("nkeys") is None:
+            raise errors.MissingDependency(
+                "creds= needs the package nkeys", url=url, hint='pip install "nats-py[nkeys]"'
+            )
+        return {"user_credentials": options.creds}
+    if options.token:
+        return {"token": secret(options.token)}
+    if url.user and url.password is not None:
+        return {"user": url.user, "password": secret(url.password)}
+    if url.user:
+        return {"token": secret(url.user)}  # nats://token@host, as everywhere in NATS
+    return {}
+
+
+def connect(url: Url, options: NatsOptions, operation: str, *, reconnect: bool = False) -> Steps[Connection]:
+    """A connection with one user: the caller."""
+    connection = Connection((yield from find_home()), url)
+    try:
+        yield from connection.home.steps(lambda: connection.open(options, reconnect=reconnect))
+    except BaseException as error:
+        connection.leave()
+        if isinstance(error, errors.IpcError) or not isinstance(error, Exception | asyncio.CancelledError):
+            raise
+        # NoServersError says only that there is none left to try; what happened to the last one was told before.
+        cause = connection.error if type(error).__name__ == "NoServersError" and connection.error else error
+        raise map_nats(cause, url, operation) from cause
+    return connection

@@ -1,0 +1,238 @@
+"""`nats://host:port/name`, `nats+tls://...`: channels through a NATS server or cluster (nats-py).
+
+A channel is two subjects, one in each direction; the listener's name is a third. All of it is core NATS: two parties
+that are both there have no use for a stored stream. `nats://a:4222,b:4222/name` names several servers of one cluster.
+
+Core NATS may lose messages; a channel may not. Payloads are numbered (`_natswire`), so a loss is a `PeerError` on the
+channel, never a gap. A window of credit (`window=`) makes `send` wait for a slow receiver before the server would drop
+anything. A connection that is lost ends its channels with `PeerError`, as nobody knows what was under way; listeners
+reconnect, and go on.
+
+The server knows who is there: a request to a subject that nobody subscribes to is answered at once (503, no
+responders). So `listen` hears whether the name is taken, `connect` whether somebody listens, and a probe twice a
+second whether the peer lives; a paused peer keeps its subscription. A paused peer is dropped by the *server* when it
+answers no pings (six minutes by default), or takes no data for ten seconds while more than the sockets hold is
+waiting for it.
+
+Whoever may publish in the account can speak on these subjects: give `ipckit.>` and `_INBOX.>` to those you trust.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+from .. import errors
+from .._capabilities import Capabilities
+from .._spi import Link, Listener, Steps, Transport, Wait
+from .._url import Url
+from . import _mail, _natsclient, _rendezvous
+from . import _natswire as wire
+from ._natsclient import Connection, NatsOptions, map_nats
+from ._natslink import Inbox, NatsLink, Outbox, Watch
+
+_CLAIM_FOR = 0.3  # seconds in which another claimant of a name may withdraw; its owner does not answer
+_FRAME_MAX = 256 << 10  # bytes; larger messages go in parts even if the server would take them, to flow evenly
+_RETRY = (0.02, 0.5)  # seconds between attempts to reach a server that is not there
+_NAME = re.compile(r"/([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\Z")
+_WINDOW = (4 << 10, 1 << 30)
+
+
+class _Cut(errors.IpcError):
+    """Whoever is connecting needs another connection."""
+
+
+class NatsTransport(Transport[NatsOptions]):
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        patterns=frozenset({"channel"}),
+        cross_machine=True,
+        broker=True,
+        death="lease",
+        death_bound=1.0,
+        model="messages by subject, through a server or cluster",
+        decoupled=True,
+        use_case="services that find each other by name, across machines and networks",
+    )
+    options: ClassVar[type[Any]] = NatsOptions
+    requires: ClassVar[tuple[str, ...]] = ("nats",)
+    extra: ClassVar[str | None] = "nats"
+
+    def capabilities_of(self, url: Url) -> Capabilities:
+        return _ENCRYPTED if url.scheme == "nats+tls" else self.capabilities
+
+    def listen(self, url: Url, options: NatsOptions) -> Steps[Listener]:
+        _name(url)
+        connection = yield from _natsclient.connect(url, options, "listen", reconnect=True)
+        try:
+            return (yield from _rendezvous.listen(_Post(connection, options), options.limit, _link))
+        finally:
+            connection.leave()  # the mailboxes keep it
+
+    def connect(self, url: Url, options: NatsOptions) -> Steps[Link]:
+        _name(url)
+        pause = _RETRY[0]
+        while True:
+            try:
+                connection = yield from _natsclient.connect(url, options, "connect")
+                try:
+                    return (yield from _rendezvous.connect(_Post(connection, options), options.limit, _link))
+                finally:
+                    connection.leave()
+            except errors.NothingListening as nobody:
+                if isinstance(nobody.__cause__, errors.Timeout):
+                    raise
+                reason: errors.IpcError = nobody
+            except _Cut as cut:
+                reason = cut
+            except errors.Timeout as timeout:
+                raise errors.NothingListening("no NATS server answers", url=url, operation="connect") from timeout
+            try:
+                yield Wait((), pause)
+            except errors.Timeout:
+                raise errors.NothingListening(reason.message, url=url, operation="connect") from reason
+            pause = min(pause * 2, _RETRY[1])
+
+
+def _name(url: Url) -> str:
+    match = _NAME.match(url.path)
+    if not url.hosts or match is None or len(url.path) > 200:
+        raise errors.BadUrl(
+            "the name is words of letters, digits, '_' and '-', with dots between them",
+            url=url,
+            hint=f"for example {url.scheme}://127.0.0.1:4222/frames",
+        )
+    return match[1]
+
+
+# -- mailboxes --------------------------------------------------------------------------------------------------------
+
+
+def _link(
+    post: _mail.Post, inbox: _mail.Inbox, outbox: _mail.Outbox, watch: _mail.Watch, limit: int, peer_limit: int
+) -> Link:
+    # They are those that the post below has made.
+    return NatsLink(post.url, cast("Inbox", inbox), cast("Outbox", outbox), cast("Watch", watch), limit, peer_limit)
+
+
+class _Post:
+    """Mailboxes of this transport. See `_mail.Post`."""
+
+    window: _mail.Window | None = None  # NatsLink has its own
+    priorities = 0
+
+    def __init__(self, connection: Connection, options: NatsOptions) -> None:
+        self.url = connection.url
+        name = _name(self.url)
+        self._rendezvous = f"ipckit.ch.{name}"
+        self._session = f"ipckit.ss.{name}."
+        self._connection = connection
+        self._window = options.window
+        room = min(connection.client.max_payload, _FRAME_MAX) - wire.HEAD_SIZE
+        if room < _rendezvous.MAX_GREETING:
+            raise errors.Unsupported("this server takes too little at a time", url=self.url, hint="see its max_payload")
+        self._max_frame = room
+
+    def open_rendezvous(self) -> Steps[_mail.Inbox]:
+        """Subscribe, then ask whether anybody else has.
+
+        The server answers 503 when nobody has: the name is ours. Otherwise it is its owner's, who need not answer and may be
+        paused; or another claimant's, of whom the one with the higher id withdraws and says so, and we ask again.
+        """
+        connection = self._connection
+        identity = secrets.token_hex(8)
+        inbox = Inbox(connection, self._rendezvous, None)
+        withdrawn: list[str] = []
+
+        def claimed(rival: str, answer: str) -> None:
+            if rival < identity and not withdrawn:
+                withdrawn.append(rival)
+                inbox.withdraw()
+                if answer:
+                    connection.publish(answer, b"")
+
+        inbox.claimed = claimed
+        try:
+            yield from connection.home.steps(inbox.subscribe)
+            while (yield from self._rival(identity, inbox, withdrawn)):
+                pass
+            inbox.claimed = None
+        except BaseException:
+            inbox.close()
+            raise
+        return inbox
+
+    def _rival(self, identity: str, inbox: Inbox, withdrawn: list[str]) -> Steps[bool]:
+        """True when a rival has withdrawn, False when there is none. Raises AddressInUse."""
+        outbox, watch = self._open(self._rendezvous, self._window)
+        try:
+            yield from self._ask(watch, wire.pack(wire.CLAIM, 0, identity.encode()))
+            until = time.monotonic() + _CLAIM_FOR
+            while not (watch.nobody or watch.answered or withdrawn) and time.monotonic() < until:
+                wait = inbox.arm()
+                self._connection.home.turn()
+                yield Wait(wait.fds, _CLAIM_FOR / 10)
+                self._connection.home.turn()
+        finally:
+            watch.close()
+            outbox.close(None)
+        if withdrawn or not (watch.nobody or watch.answered):
+            raise errors.AddressInUse("somebody listens at this name already", url=self.url, operation="listen")
+        return not watch.nobody
+
+    def find(self) -> Steps[_mail.Card | None]:
+        if self._connection.cut:
+            raise _Cut("the connection to the NATS server was lost", url=self.url) from self._connection.error
+        outbox, watch = self._open(self._rendezvous, self._window)
+        try:
+            yield from self._ask(watch, wire.pack(wire.PROBE, 0))
+        finally:
+            watch.close()
+            outbox.close(None)
+        return None if watch.nobody else {"subject": self._rendezvous}
+
+    def _ask(self, watch: Watch, payload: bytes) -> Steps[None]:
+        """Publish it; when this returns, the server has said that nobody was there, or somebody was."""
+        connection = self._connection
+
+        async def ask() -> None:
+            connection.probe(str(watch.peer.address), payload, watch.key)
+            await connection.round_trip()  # its answer comes after the verdict
+
+        try:
+            yield from connection.home.steps(ask)
+        except errors.IpcError:
+            raise
+        except Exception as error:
+            raise map_nats(error, self.url, "open") from error
+        connection.check(connection.cut, "open")
+
+    def open_inbox(self) -> Steps[_mail.Inbox]:
+        inbox = Inbox(self._connection, self._session + secrets.token_hex(8), self._window)
+        try:
+            yield from self._connection.home.steps(inbox.subscribe)
+        except BaseException:
+            inbox.close()
+            raise
+        return inbox
+
+    def open_outbox(self, card: _mail.Card) -> Steps[tuple[_mail.Outbox, _mail.Watch]]:
+        subject, window = card.get("subject"), card.get("window", self._window)
+        ours = isinstance(subject, str) and (
+            subject == self._rendezvous or re.fullmatch(re.escape(self._session) + "[0-9a-f]{16}", subject)
+        )
+        if not ours or not isinstance(window, int) or not _WINDOW[0] <= window <= _WINDOW[1]:
+            raise errors.ProtocolError("the card names no subject of this channel", url=self.url)
+        return self._open(str(subject), window)
+        yield  # steps that never wait
+
+    def _open(self, subject: str, window: int) -> tuple[Outbox, Watch]:
+        outbox = Outbox(self._connection, subject, min(self._max_frame, max(window // 4, 4096)), window)
+        return outbox, Watch(outbox)
+
+
+_ENCRYPTED = replace(NatsTransport.capabilities, encrypted=True)
+
+TRANSPORT = NatsTransport()
