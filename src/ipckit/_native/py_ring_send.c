@@ -89,8 +89,7 @@ static int keep_rest(RingLink *self, struct ring_rest *rest, PyObject *frame)
         PyErr_Restore(type, value, traceback);
     }
     self->rest = *rest;
-    if (self->end.recv.busy) /* it may be asleep, and not waiting for room */
-        ring_nudge(self->ring, RING_RECV);
+    ring_nudge(self->ring, RING_RECV); /* who sleeps there, thread or task, does not wait for room yet */
     return 0;
 }
 
