@@ -158,6 +158,14 @@ def test_select_takes_schemes_families_and_urls():
         select("channel", ["unxi://x"])
 
 
+def test_the_url_of_a_broker_is_that_server_for_the_raw_client_too():
+    (own,) = select("channel", ["redis://u:p@example:7000/3/bench?limit=1MiB"])
+    assert own.server is None
+    assert own.url == "redis://u:p@example:7000/3/bench"
+    assert own.raw.address == "redis://u:p@example:7000/{name}.raw"
+    assert [variant.options for variant in own.variants] == ["limit=1MiB"]
+
+
 def test_a_url_is_measured_as_it_stands(tmp_path):
     found = run(select("channel", [f"unix://{tmp_path}/mine?spin=0"]))
     assert [row.label for row in found.rows] == ["unix spin=0"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import floor as round_down
 from math import log10
 
@@ -161,7 +161,8 @@ def _why(measured: Measured) -> str:
 # -- the tables ---------------------------------------------------------------------------------------------------
 
 
-def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
+def _table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str | Text]]) -> Table:
+    """Without the columns that nobody has anything to say in."""
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
@@ -173,9 +174,12 @@ def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
         header_style="",
         expand=False,
     )
-    for name, style in columns:
+    kept = [number for number in range(len(columns)) if any(len(row[number]) for row in rows)]
+    for name, style in (columns[number] for number in kept):
         left = name in ("", "raw client", "claimed")
         table.add_column(Text(name), style=style, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[number] for number in kept))
     return table
 
 
@@ -184,7 +188,7 @@ def _round_trips(results: Results, *, names: bool) -> RenderableType:
     columns = [("", ""), ("p50", OURS), ("p99", ""), ("p99.9", "")]
     columns += [("raw client", RAW)] if names else []
     columns += [("raw p50", RAW), ("÷ raw", ""), ("C floor", FLOOR), ("÷ floor", ""), ("claimed", CLAIM)]
-    table = _table(f"Round trip of {size}", columns)
+    rows = []
     for row in results.rows:
         if row.ours.trips is None:
             continue
@@ -194,8 +198,8 @@ def _round_trips(results: Results, *, names: bool) -> RenderableType:
         cells += [raw.name if raw else ""] if names else []
         cells += [_p50(raw), _judged(row.trips_ratio(raw), 1.0, 1.1), _p50(bottom)]
         cells += [_judged(row.trips_ratio(bottom), 1.25, 2.0), claim[0].text if claim else ""]
-        table.add_row(*cells)
-    return table
+        rows.append(cells)
+    return _table(f"Round trip of {size}", columns, rows)
 
 
 def _p50(measured: Measured | None) -> str:
@@ -218,7 +222,7 @@ def _one_way(results: Results) -> RenderableType:
         columns += [(f"{stats.size(size)} {'msg/s' if number == 0 else 'MB/s'}", OURS)]
         columns += [("batched", OURS)] if number == 0 else []
         columns += [("raw", RAW), ("÷ raw", ""), ("floor", FLOOR)]
-    table = _table("One way", columns)
+    rows = []
     for row in results.rows:
         if not row.ours.flows:
             continue
@@ -230,8 +234,8 @@ def _one_way(results: Results) -> RenderableType:
             cells += [_rate(row.raw, size, number == 0)]
             cells += [_judged(row.flow_ratio(row.raw, size), 1.0, 1.1, more_is_better=True)]
             cells += [_rate(row.floor, size, number == 0)]
-        table.add_row(*cells)
-    return table
+        rows.append(cells)
+    return _table("One way", columns, rows)
 
 
 def _rate(measured: Measured | None, size: int, messages: bool) -> str:
