@@ -141,6 +141,8 @@ class EndingContracts(Contract):
         count = 5 if capabilities.reliable else 0
         for number in range(count):
             theirs.send(payload(number, 300))
+        if not capabilities.handed_over:
+            time.sleep(0.05)
         pid = process.pid
         process.kill()
         start = time.monotonic()

@@ -1,0 +1,29 @@
+import pytest
+
+from ipckit.testing.conformance import ChannelContract, free_port
+
+pytest.importorskip("zmq")
+
+
+class TestZmqTcp(ChannelContract):
+    schemes = ("zmq+tcp",)
+
+    @pytest.fixture
+    def url(self) -> str:
+        return f"zmq+tcp://127.0.0.1:{free_port()}"
+
+
+class TestZmqIpc(ChannelContract):
+    schemes = ("zmq+ipc",)
+
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+ipc://conformance"
+
+
+class TestZmqInproc(ChannelContract):
+    schemes = ("zmq+inproc",)
+
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+inproc://conformance"
