@@ -18,8 +18,10 @@ posix_ipc = pytest.importorskip("posix_ipc")
 
 @pytest.fixture(autouse=True)
 def run_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("IPCKIT_RUNTIME_DIR", str(tmp_path))
-    return tmp_path
+    monkeypatch.setenv("IPCKIT_RUNTIME_DIR", str(tmp_path / "names"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    yield tmp_path / "ipckit"
+    _owner.sweep(tmp_path / "ipckit" / "mq", lambda name: mq._remove(tmp_path / "ipckit" / "mq" / name))
 
 
 def pair(url="mq://prio"):
@@ -67,7 +69,7 @@ def test_nothing_is_left_while_a_channel_lives(run_dir):
     a, b = pair()
     with a, b:
         assert os.listdir(run_dir / "mq") == []
-        assert sorted(os.listdir(run_dir)) == ["mq"]
+        assert os.listdir(run_dir.parent / "names") == []
         assert b.peer.pid == os.getpid()
         assert b.peer.uid == os.geteuid()
 
@@ -79,7 +81,7 @@ real = getattr(owner, name)
 def last(*args, **kwargs):
     if sys.argv[2] == "after":
         real(*args, **kwargs)
-    print(*os.listdir(os.environ["IPCKIT_RUNTIME_DIR"] + "/mq"), flush=True)
+    print(*os.listdir(os.environ["XDG_RUNTIME_DIR"] + "/ipckit/mq"), flush=True)
     os.kill(os.getpid(), 9)
 setattr(owner, name, last)
 ipckit.listen("mq://prio", timeout=5)
@@ -134,7 +136,7 @@ from ipckit.transports import mq
 if os.geteuid() == 0:
     os.setuid(50000 + os.getpid() % 10000)  # the budget is a user's, and this one has nobody else's queues
 directory = tempfile.TemporaryDirectory()
-os.environ["IPCKIT_RUNTIME_DIR"] = directory.name
+os.environ["IPCKIT_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"] = directory.name
 """
 
 
@@ -227,7 +229,9 @@ def test_a_queue_of_somebody_else_is_refused(monkeypatch):
     assert real != 77
 
 
-@pytest.mark.parametrize("card", [{}, {"queue": 1}, {"queue": "../x"}, {"queue": "1.1.1"}, {"queue": "1.1.1/x"}])
+@pytest.mark.parametrize(
+    "card", [{}, {"queue": 1}, {"queue": "../x"}, {"queue": "1.1.1", "records": "/"}, {"queue": "1.1.1/x"}]
+)
 def test_a_card_is_checked(card):
     post = mq._Post(parse("mq://prio"), mq.MqOptions())
     with pytest.raises((errors.ProtocolError, errors.NothingListening)):

@@ -185,12 +185,21 @@ class MailLink:
                 raise errors.MessageTooLarge(
                     f"{size} bytes, and the limit is {self._send_limit}", url=self._url, operation="send"
                 )
+            if priority and not self._levels:
+                raise errors.Unsupported("this transport has no priorities", url=self._url, operation="send")
             if priority and not 0 <= priority < self._levels:
                 raise errors.BadOption(f"priority {priority} is not in 0..{self._levels - 1}", url=self._url)
+            # Where there is a window, a look may cost a request: that goes behind the frame, which the peer waits for.
+            if self._window is None or self._watch.gone() is not None:
+                self._look()
+                self._check("send")
             accepted = self._offer(frame, size, priority)
-            self._look()  # behind the frame, which is what the peer waits for
-            self._check("send")
-            return accepted or self._offer(frame, size, priority)
+            if self._window is not None:
+                self._look()
+                if not accepted:
+                    self._check("send")
+                    return self._offer(frame, size, priority)
+            return accepted
 
     def _offer(self, frame: Buffer, size: int, priority: int) -> bool:
         if not self._push():

@@ -17,7 +17,6 @@ handshake, and nothing else. The bytes are drawn in docs/wire/rendezvous.md and 
 from __future__ import annotations
 
 import logging
-import os
 import select
 import time
 from collections import deque
@@ -220,8 +219,12 @@ class Desk:
         self._admit = admit
         self._guests: list[_Guest] = []
         self._ready = deque[Link]()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closed = False
+        # One descriptor to sleep on, whatever the handshakes wait for. Their own come, go, and pass to the link while others
+        # sleep on an older Wait: the kernel keeps that in order in an epoll, an event loop does not.
+        self._epoll = select.epoll()
+        self._watched: dict[int, int] = {}
+        self._inbox_wait = Wait(())
 
     def try_accept(self) -> Link | None:
         if self._closed:
@@ -233,13 +236,9 @@ class Desk:
             if frame is None:
                 break
             self._guests.append(_Guest(self._admit(frame), time.monotonic() + PATIENCE, Wait(())))
-        awaited = [guest.wait.fds for guest in self._guests]
         self._guests = [guest for guest in self._guests if not self._settled(guest)]
-        if self._ready:
-            return self._ready.popleft()
-        if awaited != [guest.wait.fds for guest in self._guests]:
-            os.eventfd_write(self._bell, 1)  # a handshake went on: what was armed before waits for the wrong thing
-        return None
+        self._watch()  # now and not in `arm`: who sleeps already has to hear of a handshake that goes on, or ends
+        return self._ready.popleft() if self._ready else None
 
     def _settled(self, guest: _Guest) -> bool:
         try:
@@ -255,20 +254,34 @@ class Desk:
         return True
 
     def arm(self, want: Want) -> Wait:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
-        waits = [Wait(((self._bell, select.POLLIN),)), *(guest.wait for guest in self._guests)]
+        waits = [guest.wait for guest in self._guests]
         if len(self._guests) + len(self._ready) < MAX_GUESTS:
-            waits.append(self._inbox.arm())
+            self._inbox_wait = self._inbox.arm()
+            waits.append(self._inbox_wait)
+        else:
+            self._inbox_wait = Wait(())
         if self._guests:
             waits.append(Wait((), max(min(guest.until for guest in self._guests) - time.monotonic(), 0)))
-        return merge(waits)
+        self._watch()
+        return Wait(((self._epoll.fileno(), select.POLLIN),), merge(waits).at_most)
+
+    def _watch(self) -> None:
+        wanted = dict(merge([self._inbox_wait, *(guest.wait for guest in self._guests)]).fds)
+        for fd in self._watched.keys() - wanted.keys():
+            with suppress(OSError):  # closed, and so forgotten already
+                self._epoll.unregister(fd)
+        for fd, events in wanted.items():
+            try:
+                self._epoll.modify(fd, events)
+            except FileNotFoundError:  # a new one, perhaps with an old number
+                self._epoll.register(fd, events)
+        self._watched = wanted
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        os.close(self._bell)
+        self._epoll.close()
         self._inbox.close()
         for guest in self._guests:
             guest.steps.close()
@@ -278,5 +291,5 @@ class Desk:
     def abandon(self) -> None:
         """The guests' descriptors stay open in the child: their generators cannot be told to let go of them alone."""
         self._closed = True
-        os.close(self._bell)
+        self._epoll.close()
         self._inbox.abandon()

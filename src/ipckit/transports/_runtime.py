@@ -22,7 +22,15 @@ def runtime_dir() -> Path:
 
     Raises: AccessDenied when it is a link, somebody else's, or open to others; ConfigError when it cannot be made.
     """
-    path = _choose()
+    return _made(_choose())
+
+
+def default_dir() -> Path:
+    """The one that it is without `$IPCKIT_RUNTIME_DIR`: for records of what belongs to the user and to no directory."""
+    return _made(_default())
+
+
+def _made(path: Path) -> Path:
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
@@ -62,6 +70,10 @@ def _choose() -> Path:
         if not os.path.isabs(given):
             raise errors.ConfigError("IPCKIT_RUNTIME_DIR must be an absolute path")
         return Path(given)
+    return _default()
+
+
+def _default() -> Path:
     session = os.environ.get("XDG_RUNTIME_DIR", "")
     # After `su` or `sudo` the variable still names another user's session: what we made there would lock its owner out.
     if os.path.isabs(session):

@@ -3,10 +3,11 @@
 Each side of a channel makes one queue and reads it; the other writes it. Messages above the queue's frame size go in fragments,
 so the only limit is `limit=`. `send(value, priority=n)`, 0 to 31, higher first; the same priority keeps its order.
 
-A queue says nothing about who holds it, so three things stand beside it in the runtime directory:
+A queue says nothing about who holds it, so three things stand beside it:
 
-    NAME.mq, NAME.mq.lock     the listener's card (JSON), and the lock that says that it lives
-    mq/PID.START.N            one for each queue: a FIFO, made before the queue of the same name and removed after it
+    NAME.mq, NAME.mq.lock     in the runtime directory: the listener's card (JSON), and the lock that says that it lives
+    mq/PID.START.N            one for each queue: a FIFO, made before the queue of the same name and removed after it. In the
+                              user's default directory, whatever IPCKIT_RUNTIME_DIR says: the kernel's queues are the user's
 
 The FIFO is the *lifeline*: its maker writes one byte into it when it closes, because the queue may be full just then; its
 death is heard by a pidfd. And it is the record of the queue: whoever starts next finds those of the dead and removes
@@ -75,7 +76,7 @@ class _Post:
     def __init__(self, url: Url, options: MqOptions) -> None:
         self.url = url
         self._file = _runtime.path_for(url, ".mq")
-        self._records = _runtime.runtime_dir() / "mq"
+        self._records = _runtime.default_dir() / "mq"
         self._sizes = self._choose(options)
 
     def _choose(self, options: MqOptions) -> list[tuple[int, int]]:
@@ -157,17 +158,18 @@ class _Post:
 
     def open_outbox(self, card: Card) -> Steps[tuple[Outbox, Watch]]:
         with _mapped(self.url, "open"):
-            queue = card.get("queue")
-            if not isinstance(queue, str) or not _owner.NAME.fullmatch(queue):
+            queue, records = card.get("queue"), card.get("records")
+            if not isinstance(queue, str) or not _owner.NAME.fullmatch(queue) or not isinstance(records, str):
                 raise errors.ProtocolError("the card names no queue", url=self.url)
-            watch = _MqWatch(self.url, queue, self._records / queue)
+            record = Path(records) / queue
+            watch = _MqWatch(self.url, queue, record)
             try:
                 outbox = _MqOutbox(_open(self.url, queue))
             except BaseException:
                 watch.close()
                 raise
             if not card.get("desk"):
-                self._remove(queue)  # both ends hold it now; nothing is left after a kill
+                _remove(record)  # both ends hold it now; nothing is left after a kill
             return outbox, watch
         yield  # pragma: no cover
 
@@ -177,7 +179,7 @@ class _Post:
 
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._records, 0o700)
-        _owner.sweep(self._records, self._remove)
+        _owner.sweep(self._records, lambda name: _remove(self._records / name))
         name = _owner.fresh_name()
         record = self._records / name
         os.mkfifo(record, 0o600)
@@ -200,7 +202,7 @@ class _Post:
                     if (messages, size) != sizes[-1]:
                         continue
                     raise self._no_room(error) from error
-                return _MqInbox(self, queue, name, lifeline)
+                return _MqInbox(queue, record, lifeline)
             raise AssertionError("no size was tried")
         except BaseException:
             if lifeline >= 0:
@@ -221,11 +223,12 @@ class _Post:
             f"or LimitMSGQUEUE=; or raise fs.mqueue.queues_max, {_limit('queues_max', 256)}",
         )
 
-    def _remove(self, name: str) -> None:
-        """The queue first: as long as it exists, its record does."""
-        _unlink(name)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._records / name)
+
+def _remove(record: Path) -> None:
+    """The queue first: as long as it exists, its record does."""
+    _unlink(record.name)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(record)
 
 
 def _path(name: str) -> str:
@@ -273,14 +276,14 @@ def _mapped(url: Url, operation: str) -> Iterator[None]:
 
 
 class _MqInbox:
-    def __init__(self, post: _Post, queue: posix_ipc.MessageQueue, name: str, lifeline: int) -> None:
+    def __init__(self, queue: posix_ipc.MessageQueue, record: Path, lifeline: int) -> None:
         import posix_ipc
 
         self.native = queue
-        self.card: Card = {"queue": name}
+        self.card: Card = {"queue": record.name, "records": str(record.parent)}
         self.name: Name | None = None  # of the listener
         self._busy = posix_ipc.BusyError
-        self._post = post
+        self._record = record
         self._lifeline = lifeline
         queue.block = False
         self._receive = queue.receive
@@ -304,7 +307,7 @@ class _MqInbox:
             self.name.release()  # first, so that nobody finds a queue that is about to go
         with contextlib.suppress(OSError):  # full: it holds a byte already
             os.write(self._lifeline, b".")
-        self._post._remove(str(self.card["queue"]))
+        _remove(self._record)
         self.abandon()
 
     def abandon(self) -> None:

@@ -35,8 +35,8 @@ from .._capabilities import Capabilities
 from .._options import integer, option, text
 from .._spi import Link, Listener, Peer, Steps, Transport, Wait
 from .._url import Url
-from . import _rendezvous
-from ._mail import Card, Inbox, MailLink, Outbox, Watch, Window
+from . import _mail, _rendezvous
+from ._mail import Card, Inbox, Outbox, Watch, Window
 from ._redis_wire import CONNECT_TIMEOUT, Wire, open_wire
 
 log = logging.getLogger("ipckit.redis")
@@ -484,15 +484,17 @@ class _RedisWatch:
 # -- the transport ------------------------------------------------------------------------------------------------------
 
 
-def _joined(post: _Post, link: MailLink) -> MailLink:
+def _channel(
+    post: _mail.Post, inbox: Inbox, outbox: Outbox, watch: Watch, limit: int, peer_limit: int
+) -> _mail.MailLink:
     """Both mailboxes of a channel know each other from here on."""
-    inbox, outbox, watch = link._inbox, link._outbox, link._watch
+    assert isinstance(post, _Post)
     assert isinstance(inbox, _RedisInbox)
     assert isinstance(outbox, _RedisOutbox)
     assert isinstance(watch, _RedisWatch)
     inbox.watch, outbox.inbox = watch, inbox
     watch.boxes, watch.ttl = (inbox.key, outbox.key), post.ttl
-    return link
+    return _mail.MailLink(post, inbox, outbox, watch, limit, peer_limit)
 
 
 class RedisTransport(Transport[RedisOptions]):
@@ -521,21 +523,16 @@ class RedisTransport(Transport[RedisOptions]):
 
     def listen(self, url: Url, options: RedisOptions) -> Steps[Listener]:
         post = _Post(read_address(url, options), options)
-
-        def admit(frame: bytes) -> Steps[Link]:
-            return _joined(post, (yield from _rendezvous.admit(post, frame, options.limit)))
-
         try:
-            inbox = yield from post.open_rendezvous()
+            return (yield from _rendezvous.listen(post, options.limit, _channel))
         except BaseException:
             post.close()
             raise
-        return _rendezvous.Desk(url, inbox, admit)
 
     def connect(self, url: Url, options: RedisOptions) -> Steps[Link]:
         post = _Post(read_address(url, options), options)
         try:
-            return _joined(post, (yield from _rendezvous.connect(post, options.limit)))
+            return (yield from _rendezvous.connect(post, options.limit, _channel))
         finally:
             post.close()
 
