@@ -10,7 +10,7 @@ thread, `AsyncChannel` and `AsyncListener` on the running loop; they hold nothin
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, overload
 from . import _options, errors
 from ._capabilities import Capabilities
 from ._endpoint import Endpoint, Opening
-from ._spi import Buffer, Claiming, Fused, Giving, Link, Peer, Pollable, Prioritised, Steps, Want
+from ._spi import Buffer, Claiming, Fused, Giving, Link, Peer, Pollable, Prioritised, Spinning, Steps, Want
 from ._spi import Listener as LinkListener
 from ._url import Url
 from ._wait import Lane, arun, run
@@ -41,10 +41,11 @@ class ChannelStats:
 class _Frames:
     """The verbs as steps over one link. No thread, no loop, no codec."""
 
-    __slots__ = ("_held", "_link", "counts", "url")
+    __slots__ = ("_held", "_link", "_look", "counts", "url")
 
     def __init__(self, link: Link, url: Url) -> None:
         self._link = link
+        self._look = link.spin_recv if isinstance(link, Spinning) else link.try_recv  # for who is about to sleep
         self._held: bytes | None = None  # a frame that was too large for the buffer of recv_into
         self.url = url
         self.counts = [0, 0, 0, 0]
@@ -110,7 +111,7 @@ class _Frames:
             ) from timeout
 
     def recv(self) -> Steps[bytes]:
-        frame = self._try_recv()
+        frame = self._try_recv(self._look)
         while frame is None:
             wait = self._link.arm(Want.RECV)
             frame = self._try_recv()
@@ -146,12 +147,12 @@ class _Frames:
         view[: len(frame)] = frame
         return len(frame)
 
-    def _try_recv(self) -> bytes | None:
+    def _try_recv(self, look: Callable[[], bytes | None] | None = None) -> bytes | None:
         if self._held is not None:
             frame: bytes | None = self._held
             self._held = None
         else:
-            frame = self._link.try_recv()
+            frame = (look or self._link.try_recv)()
         if frame is not None:
             self.counts[2] += 1
             self.counts[3] += len(frame)

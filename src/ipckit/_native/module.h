@@ -36,6 +36,8 @@ enum reason {
 };
 
 #define NO_DEADLINE INT64_MAX
+/* The longest spin_recv(): its caller is an event loop, which has others to look after. */
+#define LOOP_SPIN_NS 50000
 
 /* One direction of one link. `busy` is only read and written with the GIL, so an uncontended call costs a branch; a second
  * thread sleeps on the lock. */

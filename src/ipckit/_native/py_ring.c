@@ -343,6 +343,7 @@ static PyMethodDef link_methods[] = {
     {"try_send", link_try_send, METH_O, NULL},
     {"try_flush", link_try_flush, METH_NOARGS, NULL},
     {"try_recv", link_try_recv, METH_NOARGS, NULL},
+    {"spin_recv", link_spin_recv, METH_NOARGS, NULL},
     {"arm", link_arm, METH_O, NULL},
     {"send", (PyCFunction)(void (*)(void))link_send, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"recv", (PyCFunction)(void (*)(void))link_recv, METH_FASTCALL | METH_KEYWORDS, NULL},

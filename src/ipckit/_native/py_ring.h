@@ -22,6 +22,7 @@ typedef struct {
     int turned_away;        /* Wants that found their lane busy, and may have armed since */
     bool adaptive;          /* spin=auto: spin_now varies between 0 and end.spin_ns */
     int64_t spin_now;
+    unsigned loop_skip, loop_penalty; /* of spin_recv: calls that go by without a spin */
     unsigned brief;         /* rounds of spinning that are not worth letting go of the GIL */
     PyObject *weakrefs;
 } RingLink;
@@ -80,6 +81,7 @@ PyObject *link_receive_many(RingLink *self, PyObject *most, PyObject *timeout);
 PyObject *link_transmit(RingLink *self, PyObject *frame, PyObject *timeout, PyObject *priority);
 PyObject *link_transmit_many(RingLink *self, PyObject *sequence, PyObject *timeout);
 PyObject *link_try_recv(PyObject *self, PyObject *unused);
+PyObject *link_spin_recv(PyObject *self, PyObject *unused);
 PyObject *link_try_send(PyObject *self, PyObject *frame);
 PyObject *link_try_flush(PyObject *self, PyObject *unused);
 

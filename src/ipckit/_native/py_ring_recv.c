@@ -237,6 +237,41 @@ PyObject *link_try_recv(PyObject *object, PyObject *unused)
     return bytes;
 }
 
+/* An event loop cannot tell us how long it slept, so it learns as a stream does: a spin that found nothing lets 1, 2, 4 ... 64 go
+ * by without one. */
+PyObject *link_spin_recv(PyObject *object, PyObject *unused)
+{
+    RingLink *self = (RingLink *)object;
+    PyObject *frame = link_try_recv(object, unused);
+    if (frame != Py_None || self->end.spin_ns == 0)
+        return frame;
+    if (self->loop_skip) {
+        self->loop_skip--;
+        return frame;
+    }
+    int entered = link_try_enter(self, &self->end.recv, "recv");
+    if (entered <= 0) {
+        if (entered < 0)
+            Py_CLEAR(frame);
+        return frame;
+    }
+    int64_t until = now_ns() + (self->end.spin_ns < LOOP_SPIN_NS ? self->end.spin_ns : LOOP_SPIN_NS);
+    bool found;
+    Py_BEGIN_ALLOW_THREADS
+    found = ring_spin_until(self->ring, RING_RECV, until);
+    Py_END_ALLOW_THREADS
+    link_leave(self, &self->end.recv);
+    if (self->adaptive) {
+        self->loop_penalty = found ? 0 : self->loop_penalty == 0 ? 1 : self->loop_penalty < 64 ? 2 * self->loop_penalty : 64;
+        self->loop_skip = self->loop_penalty;
+    }
+    if (found) {
+        Py_DECREF(frame);
+        frame = link_try_recv(object, unused);
+    }
+    return frame;
+}
+
 PyObject *link_receive(RingLink *self, PyObject *timeout)
 {
     struct patience patience = {.timeout = timeout};

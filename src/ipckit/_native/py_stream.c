@@ -156,7 +156,15 @@ static PyObject *link_try_recv(StreamLink *self, PyObject *unused)
     (void)unused;
     if (self->end.recv.busy && !self->end.closed)
         return Py_NewRef(Py_None);
-    return stream_link_receive(self, 0, false, "recv");
+    return stream_link_receive(self, 0, TRY, "recv");
+}
+
+static PyObject *link_spin_recv(StreamLink *self, PyObject *unused)
+{
+    (void)unused;
+    if (self->end.recv.busy && !self->end.closed)
+        return Py_NewRef(Py_None);
+    return stream_link_receive(self, now_ns() + LOOP_SPIN_NS, SPIN, "recv");
 }
 
 static PyObject *make_wait(StreamLink *self, long want)
@@ -222,7 +230,7 @@ static PyObject *link_recv(StreamLink *self, PyObject *const *args, Py_ssize_t c
         if (read_arguments("recv", names, 0, args, count, keywords, &timeout) < 0 || (deadline = deadline_of(timeout)) < 0)
             return NULL;
     }
-    return stream_link_receive(self, deadline, true, "recv");
+    return stream_link_receive(self, deadline, WAIT, "recv");
 }
 
 static PyObject *link_recv_into(StreamLink *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords)
@@ -399,6 +407,7 @@ static PyMethodDef methods[] = {
     {"try_send", (PyCFunction)link_try_send, METH_O, "try_send(frame, /)\n--\n\nTake the frame, or return False."},
     {"try_flush", (PyCFunction)link_try_flush, METH_NOARGS, "try_flush()\n--\n\nTrue when nothing accepted is still held here."},
     {"try_recv", (PyCFunction)link_try_recv, METH_NOARGS, "try_recv()\n--\n\nThe next frame, or None."},
+    {"spin_recv", (PyCFunction)link_spin_recv, METH_NOARGS, "spin_recv()\n--\n\nThe next frame, or None after spinning for one."},
     {"arm", (PyCFunction)link_arm, METH_O, "arm(want, /)\n--\n\nWhat to sleep on."},
     FASTCALL(send, "send(frame, timeout=None, priority=0)\n--\n\nSend, waiting for room."),
     FASTCALL(recv, "recv(timeout=None)\n--\n\nThe next frame."),

@@ -42,8 +42,11 @@ int stream_link_give_up(StreamLink *self, enum reason why, const char *operation
 /* After a call without the GIL: closed, interrupted, or (AGAIN) out of time? 0 if it can go on. */
 int stream_link_may_go_on(StreamLink *self, enum stream_status status, const char *operation);
 
-/* The methods. `wait` false: None, or 0, instead of waiting. */
-PyObject *stream_link_receive(StreamLink *self, int64_t deadline, bool wait, const char *operation);
+/* How hard to try. TRY and SPIN answer None, or 0, instead of going to sleep. */
+enum effort { TRY, SPIN, WAIT };
+
+/* The methods. */
+PyObject *stream_link_receive(StreamLink *self, int64_t deadline, enum effort effort, const char *operation);
 PyObject *stream_link_receive_into(StreamLink *self, const Py_buffer *into, int64_t deadline);
 PyObject *stream_link_receive_many(StreamLink *self, Py_ssize_t limit, int64_t deadline);
 int stream_link_transmit(StreamLink *self, PyObject *frame, int64_t deadline, bool wait, const char *operation);

@@ -22,27 +22,34 @@ static void learn(StreamLink *self, bool found)
     self->skip = self->penalty;
 }
 
-static int wait_for_input(StreamLink *self, int64_t deadline, const char *operation)
+/* Spin as long as it pays: 1 if something came, 0 if not, -1. */
+static int spin_for_input(StreamLink *self, int64_t deadline, const char *operation)
 {
     bool found = false;
     int64_t spin = stream_pending(&self->out) ? 0 : spin_time(self); /* the rest goes out while we sleep */
-    if (spin) {
-        int64_t now = now_ns(), until = deadline - now < spin ? deadline : now + spin;
-        while (!found && now < until) {
-            int64_t slice = until - now < SPIN_SLICE_NS ? until : now + SPIN_SLICE_NS;
-            Py_BEGIN_ALLOW_THREADS
-            found = stream_spin(&self->in, slice);
-            Py_END_ALLOW_THREADS
-            /* A signal of this slice would not end the sleep that follows. */
-            if (stream_link_may_go_on(self, STREAM_SIGNAL, operation) < 0)
-                return -1;
-            now = slice;
-        }
-        if (self->adaptive)
-            learn(self, found);
-        if (found)
-            return 0;
+    if (spin == 0)
+        return 0;
+    int64_t now = now_ns(), until = deadline - now < spin ? deadline : now + spin;
+    while (!found && now < until) {
+        int64_t slice = until - now < SPIN_SLICE_NS ? until : now + SPIN_SLICE_NS;
+        Py_BEGIN_ALLOW_THREADS
+        found = stream_spin(&self->in, slice);
+        Py_END_ALLOW_THREADS
+        /* A signal of this slice would not end the sleep that follows. */
+        if (stream_link_may_go_on(self, STREAM_SIGNAL, operation) < 0)
+            return -1;
+        now = slice;
     }
+    if (self->adaptive)
+        learn(self, found);
+    return found;
+}
+
+static int wait_for_input(StreamLink *self, int64_t deadline, const char *operation)
+{
+    int found = spin_for_input(self, deadline, operation);
+    if (found)
+        return found < 0 ? -1 : 0;
     struct stream_writer *rest = NULL;
     if (stream_pending(&self->out) && !self->end.send.busy) {
         self->end.send.busy = true;
@@ -104,8 +111,8 @@ static enum stream_status fill(StreamLink *self)
     return status;
 }
 
-/* The next frame: 1 and its view (not taken yet), 0 if there is none and `wait` is false, -1 with an exception set. */
-static int next_frame(StreamLink *self, int64_t deadline, bool wait, const char *operation, const Py_buffer *into,
+/* The next frame: 1 and its view (not taken yet), 0 if there is none and we are not to WAIT, -1 with an exception set. */
+static int next_frame(StreamLink *self, int64_t deadline, enum effort effort, const char *operation, const Py_buffer *into,
                       struct stream_view *view)
 {
     if (stream_pending(&self->out) && !self->end.send.busy)
@@ -127,7 +134,15 @@ static int next_frame(StreamLink *self, int64_t deadline, bool wait, const char 
         }
         if (fill(self) != STREAM_AGAIN)
             continue;
-        if (!wait)
+        if (effort == SPIN) {
+            effort = TRY;
+            int came = spin_for_input(self, deadline, operation);
+            if (came < 0)
+                return -1;
+            if (came)
+                continue;
+        }
+        if (effort == TRY)
             return 0;
         if (deadline == 0) {
             give_up(&self->end, REASON_TIMED_OUT, operation, NULL);
@@ -155,13 +170,13 @@ static PyObject *take_bytes(StreamLink *self, const struct stream_view *view)
     return frame;
 }
 
-PyObject *stream_link_receive(StreamLink *self, int64_t deadline, bool wait, const char *operation)
+PyObject *stream_link_receive(StreamLink *self, int64_t deadline, enum effort effort, const char *operation)
 {
     if (stream_link_enter(self, &self->end.recv, deadline, operation) < 0)
         return NULL;
     struct stream_view view;
     PyObject *frame = NULL;
-    int found = next_frame(self, deadline, wait, operation, NULL, &view);
+    int found = next_frame(self, deadline, effort, operation, NULL, &view);
     if (found > 0)
         frame = take_bytes(self, &view);
     else if (found == 0)
@@ -176,7 +191,7 @@ PyObject *stream_link_receive_into(StreamLink *self, const Py_buffer *into, int6
         return NULL;
     struct stream_view view;
     PyObject *size = NULL;
-    if (next_frame(self, deadline, true, "recv_into", into, &view) > 0) {
+    if (next_frame(self, deadline, WAIT, "recv_into", into, &view) > 0) {
         size = PyLong_FromSize_t(view.size);
         if (size) {
             if (view.data != into->buf)
@@ -200,7 +215,7 @@ PyObject *stream_link_receive_many(StreamLink *self, Py_ssize_t limit, int64_t d
     struct stream_view view;
     PyObject *frames = PyList_New(0);
     for (Py_ssize_t count = 0; frames && count < limit; count++) {
-        int found = next_frame(self, deadline, count == 0, "recv_many", NULL, &view);
+        int found = next_frame(self, deadline, count == 0 ? WAIT : TRY, "recv_many", NULL, &view);
         PyObject *frame = found > 0 ? take_bytes(self, &view) : NULL;
         if (frame && PyList_Append(frames, frame) == 0) {
             Py_DECREF(frame);
