@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 from .. import errors
 from .._spi import Buffer, Peer, Steps, Wait, Want
 from .._url import Url
+from ._bell import Bell
 
 #: What a party needs to reach another and to notice its death: plain JSON, made by an Inbox, read by `Post.open_outbox`.
 Card: TypeAlias = dict[str, int | str]
@@ -161,6 +162,8 @@ class MailLink:
         self._chunk = outbox.max_frame
         self._window, self._levels = post.window, post.priorities
         self._mutex = threading.Lock()
+        self._aside = Bell()  # a receiver sleeps here as well: a sender that looked for credit has stashed its frame
+        self._news = Bell()  # and a sender here: a receiver has met its credit, or the end
         self._closed = False
         self._end: errors.IpcError | None = None  # why nothing more will come; raised once the stash is empty
         self._stash = deque[bytes]()  # read by a sender that looked for credit, not yet received
@@ -264,9 +267,12 @@ class MailLink:
         bound = 1 if self._window is None else self._window.frames + 2
         while self._end is None and (len(self._stash) < bound or self._watch.gone() is not None):
             frame = self._pull()
+            if frame is not None:
+                self._stash.append(frame)
+            if frame is not None or self._end is not None:
+                self._aside.ring()
             if frame is None:
                 return
-            self._stash.append(frame)
 
     # receiving
 
@@ -319,6 +325,7 @@ class MailLink:
                 self._end = errors.PeerClosed("the peer closed", url=self._url)
             else:
                 self._bad(f"a frame of unknown kind {kind!r}")
+        self._news.ring()
         return None
 
     def _credit(self, frame: bytes) -> None:
@@ -326,6 +333,7 @@ class MailLink:
         if not (self._granted[0] <= frames <= self._sent[0] and self._granted[1] <= size <= self._sent[1]):
             self._bad("credit for frames that were never sent")
         self._granted = [frames, size]
+        self._news.ring()
 
     def _take(self, frame: bytes) -> bytes | None:
         """Consume a D, F or M frame; the message, if it is whole with it."""
@@ -394,6 +402,8 @@ class MailLink:
         self._end = errors.ProtocolError(what, url=self._url)
         self._stash.clear()
         self._partial.clear()
+        self._aside.ring()
+        self._news.ring()
         raise errors.ProtocolError(what, url=self._url, operation="recv")
 
     def arm(self, want: Want) -> Wait:
@@ -401,6 +411,10 @@ class MailLink:
             if self._closed or self._end is not None:
                 return Wait((), 0)  # the next try says so
             waits = [self._watch.arm()]
+            if want & Want.RECV:
+                waits.append(Wait((self._aside.announce(),)))
+            if want & Want.SEND:
+                waits.append(Wait((self._news.announce(),)))
             if want & Want.RECV or len(self._stash) == 0 or self._window is not None:
                 waits.append(self._inbox.arm())
             if want & Want.SEND or self._rest or self._owing:
@@ -412,6 +426,8 @@ class MailLink:
             if self._closed:
                 return
             self._closed = True
+            self._aside.close()
+            self._news.close()
             try:
                 if self._end is None:
                     self._push()
@@ -424,6 +440,8 @@ class MailLink:
 
     def abandon(self) -> None:
         self._closed = True
+        self._aside.close()
+        self._news.close()
         self._inbox.abandon()
         self._outbox.abandon()
         self._watch.abandon()

@@ -5,13 +5,13 @@ put and taken, and a doorbell at each end. Promises: ordered, reliable, bounded 
 sent; an end that is garbage-collected without a close has died, like a process that ends without a goodbye.
 
 There is no lock. A way has one putter and one taker, each counts in a variable of its own, and the interpreter makes one store or
-one deque call at a time: a store that precedes another in one thread is never seen after it in another.
+one deque call at a time: a store that precedes another in one thread is never seen after it in another. So a sleeper announces
+itself and then looks again, and who puts something there rings only if somebody is announced.
 """
 
 from __future__ import annotations
 
 import os
-import select
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +23,7 @@ from .._capabilities import Capabilities
 from .._options import LinkOptions, option, size
 from .._spi import Buffer, Link, Listener, Peer, Steps, Transport, Wait, Want
 from .._url import Url
+from ._bell import Bell
 
 #: What a frame costs besides its bytes, so that empty ones fill a way up as well.
 _OVERHEAD = 64
@@ -35,32 +36,6 @@ class Options(LinkOptions):
     )
 
 
-class _Bell:
-    """A descriptor that becomes readable when it is rung; rung only while a sleeper is announced, for it costs a system call.
-
-    It is closed by whoever forgets it last: nobody can ring a number that has become somebody else's file.
-    """
-
-    def __init__(self) -> None:
-        self._awaited = False
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def announce(self) -> tuple[int, int]:
-        """From now on `ring` rings. Try once more after this, and then sleep on the result."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
-        self._awaited = True  # SYNC POINT: inproc-sleep. Announce, then look once more ...
-        return self._fd, select.POLLIN
-
-    def ring(self) -> None:
-        if self._awaited:  # SYNC POINT: inproc-sleep. ... the other side puts, then looks for the announcement.
-            self._awaited = False
-            os.eventfd_write(self._fd, 1)
-
-    def __del__(self) -> None:
-        os.close(self._fd)
-
-
 class _Way:
     """One direction."""
 
@@ -69,8 +44,8 @@ class _Way:
         self.put = 0  # bytes, with overhead; written by the sender only
         self.taken = 0  # the same, by the receiver only
         self.over: Callable[[], errors.PeerError] | None = None  # how one of its ends left; the other one raises it
-        self.data = _Bell()  # the receiver sleeps here
-        self.room = _Bell()  # the sender sleeps here
+        self.data = Bell()  # the receiver sleeps here
+        self.room = Bell()  # the sender sleeps here
 
 
 class InprocLink:
@@ -157,7 +132,7 @@ class InprocListener:
         self.url = url
         self._options = options
         self._backlog: deque[InprocLink] = deque()
-        self._bell: _Bell | None = _Bell()  # None: closed
+        self._bell: Bell | None = Bell()  # None: closed
 
     def admit(self, url: Url, options: Options) -> InprocLink:
         ours, theirs = _connected(url, options, self._options)
@@ -181,7 +156,7 @@ class InprocListener:
             del _listeners[self.url.name]
             self._turn_away()
 
-    def _open(self) -> _Bell:
+    def _open(self) -> Bell:
         if not self._bell:
             raise errors.Closed("this listener is closed", url=self.url, operation="accept")
         return self._bell
@@ -193,7 +168,7 @@ class InprocListener:
 
 
 _listeners: dict[str, InprocListener] = {}
-_waiting: set[_Bell] = set()  # of those who connect to a name that is not there yet
+_waiting: set[Bell] = set()  # of those who connect to a name that is not there yet
 os.register_at_fork(after_in_child=_listeners.clear)  # the listening threads are not here
 
 
@@ -219,7 +194,7 @@ class Inproc(Transport[Options]):
         yield  # a generator that never waits
 
     def connect(self, url: Url, options: Options) -> Steps[Link]:
-        bell = _Bell()
+        bell = Bell()
         _waiting.add(bell)
         try:
             while (listener := _listeners.get(url.name)) is None:

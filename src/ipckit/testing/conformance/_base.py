@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytest
@@ -114,13 +115,17 @@ class Contract:
         party.close()
 
     @pytest.fixture
-    def process(self, capabilities: Capabilities, runtime_dir: str) -> Iterator[Process]:
+    def process(self, url: str, capabilities: Capabilities, runtime_dir: str) -> Iterator[Process]:
         """A spawned process; whoever kills it need not tell."""
         self.needs(capabilities.cross_process, "cross_process")
         taken = _processes.take()
         taken.environ(IPCKIT_RUNTIME_DIR=runtime_dir)
         yield taken
+        killed = not taken.alive
         _processes.give_back(taken)
+        if killed and capabilities.listen:  # the next start sweeps up what a killed process left; here is none
+            with suppress(errors.IpcError):
+                ipckit.listen(url, timeout=capabilities.death_bound + SLACK).close()
 
     @pytest.fixture
     def spawned(self, process: Process, shell: ShellName) -> Iterator[Remote]:

@@ -7,9 +7,12 @@ import os
 import random
 import signal
 import time
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from ipckit import errors
+
+T = TypeVar("T")
 
 
 def payload(number: int, size: int) -> bytes:
@@ -23,17 +26,25 @@ def sizes(seed: int, count: int, largest: int) -> list[int]:
     return [int(2 ** dice.uniform(0, largest.bit_length() - 1)) - dice.randint(0, 1) for _ in range(count)]
 
 
+async def promptly(call: Awaitable[T], timeout: float) -> T:
+    """A result that comes with the end of its timeout was there before: its wake-up was lost, and the last try found it."""
+    start = time.monotonic()
+    result = await call
+    assert time.monotonic() - start < timeout * 0.9, "it came only when the time was up: a wake-up was lost"
+    return result
+
+
 async def send_all(end: Any, lengths: list[int], timeout: float = 20) -> int:
     """Messages 0, 1, 2... of these lengths."""
     for number, length in enumerate(lengths):
-        await end.send(payload(number, length), timeout)
+        await promptly(end.send(payload(number, length), timeout), timeout)
     return len(lengths)
 
 
 async def recv_all(end: Any, lengths: list[int], timeout: float = 20) -> int:
     """Expect what `send_all` sends: each once, whole, in order."""
     for number, length in enumerate(lengths):
-        got = await end.recv(timeout)
+        got = await promptly(end.recv(timeout), timeout)
         assert len(got) == length, f"message {number} has {len(got)} bytes instead of {length}"
         assert got == payload(number, length), f"message {number} is not what was sent"
     return len(lengths)
@@ -43,7 +54,7 @@ async def echo(end: Any) -> int:
     """Send everything back, until the peer closes."""
     count = 0
     async for message in end:
-        await end.send(message, 20)
+        await promptly(end.send(message, 20), 20)
         count += 1
     return count
 
@@ -54,9 +65,9 @@ async def ping(end: Any, rounds: int, seed: int, size: int = 64) -> int:
     for number in range(rounds):
         message = payload(number, size)
         _spend(dice.uniform(0, 60e-6))
-        await end.send(message, 10)
+        await promptly(end.send(message, 10), 10)
         _spend(dice.uniform(0, 60e-6))
-        assert await end.recv(10) == message
+        assert await promptly(end.recv(10), 10) == message
     return rounds
 
 
@@ -65,7 +76,7 @@ async def echo_uneven(end: Any, seed: int) -> int:
     count = 0
     async for message in end:
         _spend(dice.uniform(0, 60e-6))
-        await end.send(message, 20)
+        await promptly(end.send(message, 20), 20)
         count += 1
     return count
 
@@ -83,7 +94,7 @@ async def collect(end: Any, timeout: float = 20) -> list[bytes]:
 async def collect_until(end: Any, last: bytes, timeout: float = 20, pause: float = 0) -> list[bytes]:
     """Everything up to `last`, which is left out."""
     got: list[bytes] = []
-    while (message := await end.recv(timeout)) != last:
+    while (message := await promptly(end.recv(timeout), timeout)) != last:
         got.append(message)
         if pause:
             await asyncio.sleep(pause)
