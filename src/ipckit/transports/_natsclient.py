@@ -103,7 +103,7 @@ class Connection:
         self._users = 1
         self._life: asyncio.Task[None] | None = None
         self._confirming: asyncio.Task[None] | None = None
-        self._buffered: Callable[[], int] = int  # bytes that the transport of the loop holds
+        self._stream: asyncio.WriteTransport | None = None
 
     async def open(self, options: NatsOptions, *, reconnect: bool) -> None:
         """Connect. Raises what nats-py raises."""
@@ -147,6 +147,17 @@ class Connection:
             self.error = error
             self._break()
 
+    def send(self, subject: str, payload: bytes) -> None:
+        """On the loop only, as `publish`, but written to the socket at once: a message then costs a task and a turn less.
+
+        The client has no such call, so this takes the stream that it does not show. Where there is none to be found, or the
+        client holds something that has to go before, it is a `publish`. The subject must be one that we have made.
+        """
+        if self._stream is None or self.client.pending_data_size or not self.client.is_connected:
+            self.publish(subject, payload)
+        else:
+            self._stream.write(b"".join((f"PUB {subject} {len(payload)}\r\n".encode(), payload, b"\r\n")))
+
     def unsubscribe(self, subscription: Any) -> None:
         """On the loop only."""
         if not self.client.is_closed:
@@ -155,7 +166,9 @@ class Connection:
     @property
     def written(self) -> bool:
         """Everything published has gone to the socket."""
-        return self.client.pending_data_size == 0 and self._buffered() == 0
+        return not (
+            self.client.pending_data_size or (self._stream is not None and self._stream.get_write_buffer_size())
+        )
 
     async def round_trip(self) -> None:
         """Return when the server has read all that was published, and we what it says to it."""
@@ -210,14 +223,14 @@ class Connection:
             self.ring()
 
     async def _on_connected(self) -> None:
-        writer = _writer(self.client)
-        self._buffered = int if writer is None else writer.transport.get_write_buffer_size
+        self._stream = _stream(self.client)
 
     async def _on_cut(self) -> None:
         self._break()
 
     def _break(self) -> None:
         self.cut += 1
+        self._stream = None
         self.ring()
 
     def _on_verdict(self, message: Any) -> None:
@@ -260,9 +273,9 @@ class Connection:
         await self.client.close()
 
     def _let_go(self) -> None:
-        writer = _writer(self.client)
-        if writer is not None and not self.home.loop.is_closed():
-            writer.transport.abort()
+        stream = _stream(self.client)
+        if stream is not None and not self.home.loop.is_closed():
+            stream.abort()
         else:
             forget(_descriptors(self.client))
 
@@ -294,15 +307,15 @@ def _now(coroutine: Coroutine[Any, Any, object]) -> None:
     coroutine.close()  # it waits for the socket, with our bytes in its buffer already
 
 
-def _writer(client: Client) -> asyncio.StreamWriter | None:
-    """The client's stream, which it does not show: to see what is still in it, and to let go of it after a fork."""
-    writer: asyncio.StreamWriter | None = getattr(getattr(client, "_transport", None), "_io_writer", None)
-    return writer
+def _stream(client: Client) -> asyncio.WriteTransport | None:
+    """The transport of asyncio under the client, which it does not show."""
+    writer = getattr(getattr(client, "_transport", None), "_io_writer", None)
+    return writer.transport if isinstance(writer, asyncio.StreamWriter) else None
 
 
 def _descriptors(client: Client) -> list[int]:
-    writer = _writer(client)
-    sock = None if writer is None else writer.get_extra_info("socket")
+    stream = _stream(client)
+    sock = None if stream is None else stream.get_extra_info("socket")
     return [] if sock is None or sock.fileno() < 0 else [sock.fileno()]
 
 
@@ -350,8 +363,6 @@ def _login(url: Url, options: NatsOptions, tls: _TlsContext | None) -> dict[str,
         return {"token": secret(options.token)}
     if url.user and url.password is not None:
         return {"user": url.user, "password": secret(url.password)}
-    if url.user:
-        return {"token": secret(url.user)}  # nats://token@host, as everywhere in NATS
     return {}
 
 

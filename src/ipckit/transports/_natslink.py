@@ -169,7 +169,7 @@ class Outbox:
     def publish(self, kind: int, content: bytes | memoryview = b"") -> None:
         """On the loop."""
         number, self.number = self.number, self.number + 1
-        self.connection.publish(self.subject, wire.pack(kind, number, content))
+        self.connection.send(self.subject, wire.pack(kind, number, content))
 
     def try_put(self, frame: bytes, priority: int = 0) -> bool:
         self.connection.home.do(lambda: self.publish(wire.MESSAGE, frame))
@@ -272,7 +272,7 @@ class NatsLink:
         if self._closed or self._watch.nobody or not self._inbox.whole:
             self._raise("send")
         if self._rest is not None or self._sent - self._granted >= self._outbox.window:
-            self._home.turn()
+            self._home.do(self._publish)  # what is held must not wait for the credit that it will bring
             if self._closed or self._watch.nobody or not self._inbox.whole:
                 self._raise("send")
             if self._rest is not None or self._sent - self._granted >= self._outbox.window:
@@ -320,7 +320,7 @@ class NatsLink:
         else:
             number = self._outbox.number
             self._outbox.number += 1
-            self._connection.publish(self._outbox.subject, wire.pack_many(number, batch))
+            self._connection.send(self._outbox.subject, wire.pack_many(number, batch))
 
     def _publish_first(self, message: memoryview) -> None:
         """Loop."""
@@ -328,7 +328,7 @@ class NatsLink:
         part = message[: self._outbox.max_frame]
         number = self._outbox.number
         self._outbox.number += 1
-        self._connection.publish(self._outbox.subject, wire.pack_first(number, len(message), part))
+        self._connection.send(self._outbox.subject, wire.pack_first(number, len(message), part))
         self._sent += len(part) + wire.OVERHEAD
         self._rest = message[len(part) :]
         self._publish_rest()
@@ -422,7 +422,7 @@ class NatsLink:
     def _give_credit(self) -> None:
         """Loop."""
         credit = wire.pack_credit(self._outbox.number, self._told)
-        self._connection.publish(self._outbox.subject, credit)
+        self._connection.send(self._outbox.subject, credit)
 
     def _check_size(self, size: int) -> None:
         if size > self._limit:

@@ -97,6 +97,10 @@ class NatsTransport(Transport[NatsOptions]):
 
 
 def _name(url: Url) -> str:
+    if url.user is not None and url.password is None:  # a token, as NATS writes it; but every error shows a user
+        raise errors.BadUrl(
+            "there is a user without a password", url=replace(url, user=None), hint="a token is written ?token=..."
+        )
     match = _NAME.match(url.path)
     if not url.hosts or match is None or len(url.path) > 200:
         raise errors.BadUrl(
