@@ -14,7 +14,7 @@ import pytest
 import ipckit
 from ipckit import aio, errors
 
-SCHEMES = ["mq", "redis"]
+SCHEMES = ["fifo", "mq", "redis"]
 
 CHILD = """
 import os, sys, time

@@ -37,12 +37,13 @@ log = logging.getLogger("ipckit.rendezvous")
 #: Makes the link of a finished handshake: from the two mailboxes, our limit and the peer's.
 Maker: TypeAlias = Callable[[Post, Inbox, Outbox, Watch, int, int], "L"]
 L = TypeVar("L", bound=Link)
+T = TypeVar("T")
 
 VERSION = 1
 
 # The frames of the handshake: one byte that says what it is, then
-HELLO = b"H"  # JSON: _Greeting
-WELCOME = b"W"  # JSON: _Greeting
+HELLO = b"H"  # JSON: Greeting
+WELCOME = b"W"  # JSON: Greeting
 READY = b"R"  # nothing
 
 #: A greeting above this is nobody's; it also has to fit into the smallest mailbox.
@@ -55,7 +56,7 @@ PATIENCE = 10.0
 _LOOK_AGAIN = (0.001, 0.05)
 
 
-class _Greeting(msgspec.Struct, frozen=True):
+class Greeting(msgspec.Struct, frozen=True):
     version: int
     card: Card
     limit: int
@@ -70,18 +71,23 @@ def connect(post: Post, limit: int) -> Steps[MailLink]: ...
 def connect(post: Post, limit: int, make: Maker[L]) -> Steps[L]: ...
 def connect(post: Post, limit: int, make: Maker[Any] = MailLink) -> Steps[Any]:
     """Find the listener, waiting for one until the driver throws Timeout. `make`: the link, once both are ready."""
+    return (yield from keep_trying(post.url, post.find, lambda card: _knock(post, card, limit, make)))
+
+
+def keep_trying(url: Url, find: Callable[[], Steps[T | None]], knock: Callable[[T], Steps[L]]) -> Steps[L]:
+    """Look for a listener until there is one and it opens, or the driver throws Timeout: then NothingListening."""
     found = False
     last: errors.IpcError | None = None
     pause = _LOOK_AGAIN[0]
     try:
         while True:
             try:
-                card = yield from post.find()
-                if card is not None:
+                place = yield from find()
+                if place is not None:
                     found = True
-                    return (yield from _knock(post, card, limit, make))
+                    return (yield from knock(place))
             except (errors.NothingListening, errors.PeerError) as error:
-                log.debug("%s: the listener is gone, or the way to it: %s", post.url, error)
+                log.debug("%s: the listener is gone, or the way to it: %s", url, error)
                 last = error
             yield Wait((), pause)
             pause = min(pause * 2, _LOOK_AGAIN[1])
@@ -89,7 +95,7 @@ def connect(post: Post, limit: int, make: Maker[Any] = MailLink) -> Steps[Any]:
         message = "there is a listener, but it did not accept in time" if found else "nobody listens at this address"
         if last is not None:
             message = f"{message}; last: {last.message}"
-        raise errors.NothingListening(message, url=post.url, operation="connect") from last or timeout
+        raise errors.NothingListening(message, url=url, operation="connect") from last or timeout
 
 
 def _knock(post: Post, card: Card, limit: int, make: Maker[L]) -> Steps[L]:
@@ -98,8 +104,8 @@ def _knock(post: Post, card: Card, limit: int, make: Maker[L]) -> Steps[L]:
     try:
         desk, watch = yield from post.open_outbox(card)
         try:
-            yield from _put(desk, watch, HELLO + msgspec.json.encode(_Greeting(VERSION, inbox.card, limit)))
-            welcome = _greeting(post.url, WELCOME, (yield from _get(inbox, watch)))
+            yield from _put(desk, watch, HELLO + msgspec.json.encode(Greeting(VERSION, inbox.card, limit)))
+            welcome = read_greeting(post.url, WELCOME, (yield from _get(inbox, watch)))
         finally:
             desk.close(None)
             watch.close()
@@ -154,11 +160,11 @@ def _get(inbox: Inbox, watch: Watch) -> Steps[bytes]:
         yield wait
 
 
-def _greeting(url: Url, kind: bytes, frame: bytes) -> _Greeting:
+def read_greeting(url: Url, kind: bytes, frame: bytes) -> Greeting:
     if frame[:1] != kind or len(frame) > MAX_GREETING:
         raise errors.ProtocolError(f"{frame[:1]!r} where {kind!r} was expected", url=url)
     try:
-        greeting = msgspec.json.decode(frame[1:], type=_Greeting)
+        greeting = msgspec.json.decode(frame[1:], type=Greeting)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise errors.ProtocolError(f"the greeting cannot be read: {error}", url=url) from error
     if greeting.version != VERSION:
@@ -181,12 +187,12 @@ def admit(post: Post, frame: bytes, limit: int) -> Steps[MailLink]: ...
 def admit(post: Post, frame: bytes, limit: int, make: Maker[L]) -> Steps[L]: ...
 def admit(post: Post, frame: bytes, limit: int, make: Maker[Any] = MailLink) -> Steps[Any]:
     """The listener's side of one handshake. Whatever it raises, only this guest is turned away."""
-    hello = _greeting(post.url, HELLO, frame)
+    hello = read_greeting(post.url, HELLO, frame)
     outbox, watch = yield from post.open_outbox(hello.card)
     try:
         inbox = yield from post.open_inbox()
         try:
-            yield from _put(outbox, watch, WELCOME + msgspec.json.encode(_Greeting(VERSION, inbox.card, limit)))
+            yield from _put(outbox, watch, WELCOME + msgspec.json.encode(Greeting(VERSION, inbox.card, limit)))
             if (yield from _get(inbox, watch)) != READY:
                 raise errors.ProtocolError("the client did not say that it is ready", url=post.url)
         except BaseException:
