@@ -439,6 +439,8 @@ class MailLink:
                 self._watch.close()
 
     def abandon(self) -> None:
+        if self._closed:
+            return
         self._closed = True
         self._aside.close()
         self._news.close()

@@ -296,6 +296,8 @@ class Desk:
 
     def abandon(self) -> None:
         """The guests' descriptors stay open in the child: their generators cannot be told to let go of them alone."""
+        if self._closed:
+            return
         self._closed = True
         self._epoll.close()
         self._inbox.abandon()
