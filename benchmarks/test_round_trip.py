@@ -17,11 +17,11 @@ def contenders():
     for case in CHANNEL:
         for shell in ("sync", "aio") if case.awaited else ("sync",):
             group = case.scheme + (" aio" if shell == "aio" else "")
-            for variant in case.variants_in(shell):
+            for variant in case.variants:
                 yield pytest.param(
                     group, case, case.ours(variant, shell), id=f"{group}-ipckit {variant.options}".strip()
                 )
-            for floor in dict.fromkeys(floor for variant in case.variants_in(shell) for floor in variant.floors):
+            for floor in dict.fromkeys(floor for variant in case.variants for floor in variant.floors):
                 yield pytest.param(group, case, Plan(f"floor:{floor}"), id=f"{group}-C {floor}")
             rival = case.rival(shell)
             if rival:

@@ -35,7 +35,14 @@ def found() -> results.Results:
 def test_every_contender_is_measured(found):
     assert not found.failures()
     labels = [row.label for row in found.rows]
-    assert labels == ["unix spin=auto", "unix spin=0", "unix · aio", "inproc", "inproc · aio"]
+    assert labels == [
+        "unix spin=auto",
+        "unix spin=0",
+        "unix spin=auto · aio",
+        "unix spin=0 · aio",
+        "inproc",
+        "inproc · aio",
+    ]
     for row in found.rows:
         for each in row.contenders():
             assert each.trips is not None

@@ -287,9 +287,12 @@ def _notes(results: Results, *, names: bool) -> RenderableType:
     few = f"a p99.9 asks for {stats.needed(0.999):,} samples"
     note("–", f"the mechanism does not carry this, or the run was too short to tell: {few}")
     conditions = results.conditions
+    turns = [len(row.ours.trips.runs) for row in results.rows if row.ours.trips]
+    least, most = min(turns, default=0), max(turns, default=0)
+    runs = f"{most} runs" if least == most else f"{least} to {most} runs (the time was up)"
     note(
         "method",
-        f"medians of {conditions.repeats} runs in turns, {conditions.seconds:g} s in all; the clock's own "
+        f"medians of {runs} in turns, {conditions.seconds:g} s in all; the clock's own "
         f"{results.machine.timer} ns are taken off. docs/reference/bench.md says how",
     )
     return grid

@@ -92,12 +92,6 @@ class Case:
     handover: Handover | None = None
     flow_bytes: int = 1 << 30
 
-    def variants_in(self, shell: Shell) -> tuple[Variant, ...]:
-        """An event loop does not spin: there, a transport with that option has one row."""
-        if shell == "aio" and any(variant.options.startswith("spin=") for variant in self.variants):
-            return (Variant("", self.variants[-1].floors[:1]),)
-        return self.variants
-
     def ours(self, variant: Variant, shell: Shell) -> Plan:
         """How ours is opened; its placeholders are still to be filled in."""
         url = "?".join(part for part in (self.url, variant.options) if part)

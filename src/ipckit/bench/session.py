@@ -47,7 +47,7 @@ class Budget:
 
 
 FULL = Budget(repeats=5, trips=0.25, flow=0.1, samples=stats.needed(0.999))
-QUICK = Budget(repeats=3, trips=0.04, flow=0.025, total=40.0)
+QUICK = Budget(repeats=3, trips=0.04, flow=0.02, total=40.0)
 
 #: A round trip below this (ns) is timed in batches for its median: the clock is read once for many.
 BRIEF = 10_000
@@ -153,7 +153,7 @@ class Session:
         raw = _raw(case, shell)  # measured once, for all variants
         rows = [
             Row(self._pattern, case.scheme, variant.options, shell, Measured("ours", "ipckit"), raw)
-            for variant in case.variants_in(shell)
+            for variant in case.variants
         ]
         try:
             transport = _registry.open_transport(parse(case.scheme + "://x"))
@@ -190,7 +190,7 @@ class Session:
             return plan.at(name=f"bench{secrets.token_hex(4)}", **places)
 
         floors: dict[str, Measured] = {}
-        for variant, row in zip(case.variants_in(shell), rows, strict=True):
+        for variant, row in zip(case.variants, rows, strict=True):
             yield fill(case.ours(variant, shell)), row.ours
             one_cpu = self._cpus[0] == self._cpus[1]  # where a floor that spins waits for the scheduler
             for mechanism in case.variants[-1].floors if one_cpu else variant.floors:
@@ -300,7 +300,7 @@ class Session:
 
 def _weight(case: Case, shell: Shell) -> int:
     """The number of contenders."""
-    variants = case.variants_in(shell)
+    variants = case.variants
     return len(variants) + len({floor for each in variants for floor in each.floors}) + (_raw(case, shell) is not None)
 
 
