@@ -74,26 +74,26 @@ class NatsTransport(Transport[NatsOptions]):
     def connect(self, url: Url, options: NatsOptions) -> Steps[Link]:
         _name(url)
         pause = _RETRY[0]
-        while True:
-            try:
-                connection = yield from _natsclient.connect(url, options, "connect")
+        reason: errors.IpcError | None = None
+        try:
+            while True:
                 try:
-                    return (yield from _rendezvous.connect(_Post(connection, options), options.limit, _link))
-                finally:
-                    connection.leave()
-            except errors.NothingListening as nobody:
-                if isinstance(nobody.__cause__, errors.Timeout):
-                    raise
-                reason: errors.IpcError = nobody
-            except _Cut as cut:
-                reason = cut
-            except errors.Timeout as timeout:
-                raise errors.NothingListening("no NATS server answers", url=url, operation="connect") from timeout
-            try:
+                    connection = yield from _natsclient.connect(url, options, "connect")
+                except errors.NothingListening as nobody:
+                    reason = nobody
+                else:
+                    reason = None
+                    try:
+                        return (yield from _rendezvous.connect(_Post(connection, options), options.limit, _link))
+                    except _Cut as cut:
+                        reason = cut
+                    finally:
+                        connection.leave()
                 yield Wait((), pause)
-            except errors.Timeout:
-                raise errors.NothingListening(reason.message, url=url, operation="connect") from reason
-            pause = min(pause * 2, _RETRY[1])
+                pause = min(pause * 2, _RETRY[1])
+        except errors.Timeout as timeout:
+            message = "no NATS server answers" if reason is None else reason.message
+            raise errors.NothingListening(message, url=url, operation="connect") from reason or timeout
 
 
 def _name(url: Url) -> str:
