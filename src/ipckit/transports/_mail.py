@@ -167,7 +167,7 @@ class MailLink:
         self._closed = False
         self._end: errors.IpcError | None = None  # why nothing more will come; raised once the stash is empty
         self._stash = deque[bytes]()  # read by a sender that looked for credit, not yet received
-        self._partial: dict[int, tuple[bytearray, int]] = {}  # message id -> (its memory, bytes filled)
+        self._partial: dict[int, tuple[bytearray, int]] = {}  # message id -> (what came of it, its whole length)
         self._rest = deque[bytes]()  # fragments of the one message that was accepted and has not all gone out
         self._rest_priority = 0
         self._next_id = 0
@@ -355,20 +355,19 @@ class MailLink:
             # One message at a time is fragmented, so there is at most one unfinished in each level of priority.
             if number in self._partial or len(self._partial) >= max(self._levels, 1):
                 self._bad("a new fragmented message inside another")
-            memory, at, begin = bytearray(total), 0, _FIRST.size
+            memory, begin = bytearray(), _FIRST.size  # grows with what comes, not with what is announced
         else:
             if len(frame) <= _MORE.size:
                 self._bad("a fragment without content")
             _, number = _MORE.unpack_from(frame)
             if number not in self._partial:
                 self._bad("a fragment of no message")
-            (memory, at), begin = self._partial[number], _MORE.size
-        filled = at + len(frame) - begin
-        if filled > len(memory):
+            (memory, total), begin = self._partial[number], _MORE.size
+        if len(memory) + len(frame) - begin > total:
             self._bad("more fragments than the message has bytes")
-        memory[at:filled] = memoryview(frame)[begin:]
-        if filled < len(memory):
-            self._partial[number] = (memory, filled)
+        memory += memoryview(frame)[begin:]
+        if len(memory) < total:
+            self._partial[number] = (memory, total)
             return None
         self._partial.pop(number, None)
         return bytes(memory)

@@ -94,8 +94,8 @@ class _Inbox:
     def try_get(self) -> bytes | None:
         if not self._lines:
             with suppress(BlockingIOError):
-                *self._lines, self._rest = (self._rest + os.read(self._fd, select.PIPE_BUF * 16)).split(b"\n")
-                self._lines.reverse()
+                *lines, self._rest = (self._rest + os.read(self._fd, select.PIPE_BUF * 16)).split(b"\n")
+                self._lines = [line for line in reversed(lines) if line]
             if len(self._rest) > select.PIPE_BUF:  # no line of ours: they come whole
                 self._rest = b"?"
         return self._lines.pop() if self._lines else None
@@ -208,7 +208,8 @@ def _knock(url: Url, options: FifoOptions, desk: int) -> Steps[Link]:
             if options.size:
                 for fd in (rfd, wfd):
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, options.size)
-            hello = _line(HELLO, {"directory": str(directory), "name": name}, options)
+            # It begins a line of its own: half a line that somebody else left there must not swallow it.
+            hello = b"\n" + _line(HELLO, {"directory": str(directory), "name": name}, options)
             while not _written(url, desk, hello):
                 yield Wait(((desk, select.POLLOUT),))
             poll = select.poll()
