@@ -253,8 +253,8 @@ class NatsLink:
         self._turns = 0  # waited for the client to write
         # receiving
         self._messages = deque[bytes]()  # of one payload
-        self._whole: bytearray | None = None  # the message that comes in parts, and how much of it has come
-        self._filled = 0
+        self._whole: bytearray | None = None  # what has come of a message in parts, and how long it will be
+        self._whole_size = 0
         self._consumed = self._told = 0
         self._half = int(inbox.card["window"]) // 2
         self._end: errors.IpcError | None = None
@@ -396,19 +396,17 @@ class NatsLink:
             self._check_size(size)
             if self._whole is not None:
                 self._bad("a message in parts inside another")
-            self._whole, self._filled = bytearray(size), 0
+            self._whole, self._whole_size = bytearray(), size  # grows with what comes, not with what is announced
         else:
             begin = wire.HEAD_SIZE - 8
             if self._whole is None:
                 self._bad("a part of no message")
         part = memoryview(payload)[begin:]
-        filled = self._filled + len(part)
-        if filled > len(self._whole) or not part:
+        if len(self._whole) + len(part) > self._whole_size or not part:
             self._bad("parts that do not add up to their message")
-        self._whole[self._filled : filled] = part
-        self._filled = filled
+        self._whole += part
         self._consume(len(part))
-        if filled < len(self._whole):
+        if len(self._whole) < self._whole_size:
             return None
         message, self._whole = bytes(self._whole), None
         return message
