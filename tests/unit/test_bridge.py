@@ -232,6 +232,19 @@ def test_close_lets_the_client_say_goodbye_and_no_longer_than_a_moment():
     assert cut == [2]
 
 
+def test_a_home_that_is_closed_in_its_own_turn_closes_after_it():
+    """As the garbage collector may do it, wherever it strikes."""
+    said = []
+
+    async def goodbye():
+        said.append(True)
+
+    home = Driven()
+    home.do(lambda: home.close(goodbye, lambda: None))
+    assert said == [True]
+    assert home.loop.is_closed()
+
+
 def test_a_resident_says_goodbye_even_if_the_loop_ends_at_once():
     said = []
 

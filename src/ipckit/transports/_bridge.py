@@ -260,7 +260,9 @@ class Driven:
         self._epoll: int = self._selector.fileno()
         self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop(self._selector)
         self._selector.loop = self.loop
-        self._mutex = threading.Lock()
+        # Re-entered only by the garbage collector, which may close an endpoint of this home in the midst of anything.
+        self._mutex = threading.RLock()
+        self._late: tuple[Farewell, Callable[[], None]] | None = None
         self._peek = select.poll()
         self._peek.register(self._epoll, select.POLLIN)
         self._due = 0.0  # when the loop's next timer wants to fire
@@ -287,11 +289,15 @@ class Driven:
                 self._turn()
 
     def _turn(self) -> None:
+        if self.loop.is_running():
+            return  # re-entered: the turn that is going on goes on with this
         if _running() is not None:
             # Our thread is inside a loop already: a blocking call in a notebook. Loops do not nest.
             _helper().submit(self._turn_here).result()
         else:
             self._turn_here()
+        if self._late is not None:
+            self.close(*self._late)
 
     def _turn_here(self) -> None:
         self._selector.turns = 0
@@ -315,6 +321,10 @@ class Driven:
         with self._mutex:
             if self.loop.is_closed():
                 return
+            if self.loop.is_running():
+                self._late = farewell, cut
+                return
+            self._late = None
             if self.broken or not self._say(farewell):
                 cut()
             self.broken = True

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import logging
 import ssl
+import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +102,7 @@ class Connection:
         self._probing: dict[str, Probing] = {}
         self._verdicts = ""  # prefix of the subjects where the server says that nobody is there
         self._users = 1
+        self._counting = threading.RLock()  # the garbage collector may close a link in the midst of this
         self._life: asyncio.Task[None] | None = None
         self._confirming: asyncio.Task[None] | None = None
         self._stream: asyncio.WriteTransport | None = None
@@ -256,15 +258,18 @@ class Connection:
     # who uses it
 
     def enter(self, probing: Probing | None = None) -> None:
-        self._users += 1
+        with self._counting:
+            self._users += 1
         if probing is not None:
             self._probing[probing.key] = probing
 
     def leave(self, probing: Probing | None = None) -> None:
-        self._users -= 1
         if probing is not None:
             self._probing.pop(probing.key, None)
-        if not self._users:
+        with self._counting:
+            self._users -= 1
+            last = not self._users
+        if last:
             self.home.close(self._farewell, self._let_go)
 
     async def _farewell(self) -> None:
