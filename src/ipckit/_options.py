@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any, TypeVar
 
 from ._url import Url
@@ -22,7 +23,9 @@ from .errors import BadOption
 T = TypeVar("T")
 
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-zµ]*)\Z")
-_TIME = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+#: In nanoseconds, so that 20us is exactly 2e-05.
+_TIME = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9}
+_TIME |= {"m": 60 * 10**9, "min": 60 * 10**9, "h": 3600 * 10**9, "d": 86400 * 10**9}
 _SIZE = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -39,15 +42,18 @@ def duration(text: str) -> float:
     """Seconds, from `20us`, `1.5s`, `5m`; a bare `0` needs no unit."""
     match = _NUMBER.match(text)
     if match and (match[2] in _TIME or (float(match[1]) == 0 and not match[2])):
-        return float(match[1]) * _TIME.get(match[2], 0.0)
+        seconds = float(match[1]) * _TIME.get(match[2], 0) / 10**9
+        if isfinite(seconds):
+            return seconds
     raise ValueError("a duration with its unit, for example 20us, 5ms, 1.5s")
 
 
 def size(text: str) -> int:
     """Bytes, from `4096`, `64KiB`, `16MiB`."""
     match = _NUMBER.match(text)
-    if match and match[2] in _SIZE:
-        return int(float(match[1]) * _SIZE[match[2]])
+    if match and match[2] in _SIZE and len(match[1]) <= 20:
+        number = float(match[1]) if "." in match[1] else int(match[1])
+        return int(number * _SIZE[match[2]])
     raise ValueError("a size, for example 4096, 64KiB, 16MiB")
 
 

@@ -70,7 +70,10 @@ def find(url: Url) -> Transport[Any]:
         )
     if isinstance(found, str):
         module, _, attribute = found.partition(":")
-        found = getattr(import_module(module), attribute)
+        try:
+            found = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"the transport {module}:{attribute} cannot be loaded: {error}", url=url) from error
         if not isinstance(found, Transport):
             raise ConfigError(f"{module}:{attribute} is no ipckit Transport", url=url)
         _table[url.scheme] = found
@@ -79,7 +82,14 @@ def find(url: Url) -> Transport[Any]:
 
 def missing(transport: Transport[Any]) -> str | None:
     """The first module that the transport needs and cannot import, or None."""
-    return next((name for name in transport.requires if find_spec(name) is None), None)
+    return next((name for name in transport.requires if not _importable(name)), None)
+
+
+def _importable(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
 
 
 def open_transport(url: Url, require: frozenset[str] = frozenset()) -> Transport[Any]:

@@ -24,7 +24,7 @@ class Host:
     port: int | None = None
 
     def __str__(self) -> str:
-        name = f"[{self.name}]" if ":" in self.name else self.name
+        name = f"[{quote(self.name, safe=':')}]" if ":" in self.name else quote(self.name, safe="*")
         return name if self.port is None else f"{name}:{self.port}"
 
 
@@ -105,13 +105,18 @@ def parse(text: str | Url) -> Url:
     scheme = scheme.lower()
     if not _SCHEME.match(scheme):
         raise BadUrl("the scheme before '://' is malformed", hint="for example unix://name")
-    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in text):
-        raise BadUrl("control characters are not allowed", url=f"{scheme}://...")
+    hidden = f"{scheme}://..."
+    _refuse_control(text, hidden)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadUrl("this is no Unicode text", url=hidden) from None
     rest, _, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
     login, at, places = authority.rpartition("@")
     user, colon, password = login.partition(":")
-    shown = f"{scheme}://{places}"
+    # An '@' further on: a password with a bare '/' or '?' in it may have been cut in two, and places be its first half.
+    shown = f"{scheme}://{places}" if "@" not in path + query else hidden
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
     except ValueError:
@@ -121,14 +126,17 @@ def parse(text: str | Url) -> Url:
         if key in seen:
             raise BadUrl(f"option {key!r} is given twice", url=shown)
         seen.add(key)
-    return Url(
-        scheme,
-        tuple(_host(place, shown) for place in places.split(",")) if places else (),
-        unquote(slash + path),
-        tuple(pairs),
-        unquote(user) if at else None,
-        unquote(password) if colon else None,
-    )
+    hosts = tuple(_host(place, shown) for place in places.split(",")) if places else ()
+    path = unquote(slash + path)
+    for part in (path, *(host.name for host in hosts)):
+        _refuse_control(part, shown)
+    return Url(scheme, hosts, path, tuple(pairs), unquote(user) if at else None, unquote(password) if colon else None)
+
+
+def _refuse_control(text: str, shown: str) -> None:
+    """Names and paths go into system calls, files and protocols of lines."""
+    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in text):
+        raise BadUrl("control characters are not allowed", url=shown)
 
 
 def _host(text: str, shown: str) -> Host:

@@ -138,7 +138,7 @@ class NamingContracts(Contract):
         """Who waits to be accepted hears that nobody will: in connect, or at the first use."""
         self.needs(capabilities.listen, "listen")
         listener = here.open("listen", url, timeout=10).result(HANG)
-        connecting = there.open("connect", listener.url, timeout=3)
+        connecting = there.open("connect", listener.url, timeout=1)
         time.sleep(0.1)
         listener.close()
         with contextlib.suppress(errors.NothingListening):
