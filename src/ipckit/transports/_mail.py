@@ -100,7 +100,10 @@ class Watch(Protocol):
     peer: Peer
 
     def gone(self) -> errors.PeerError | None:
-        """Why nothing more will come (PeerClosed or PeerDied), or None while the peer lives. Cheap, never waits."""
+        """Why nothing more will come (PeerClosed or PeerDied), or None while the peer lives. Cheap, never waits.
+
+        Where there is no Window it has to tell of a close as well: nobody looks for the BYE on behalf of a sender.
+        """
 
     def arm(self) -> Wait:
         """Ready when `gone` may answer otherwise (a pidfd), or `at_most` seconds until it is worth asking again."""
@@ -192,17 +195,17 @@ class MailLink:
                 raise errors.Unsupported("this transport has no priorities", url=self._url, operation="send")
             if priority and not 0 <= priority < self._levels:
                 raise errors.BadOption(f"priority {priority} is not in 0..{self._levels - 1}", url=self._url)
-            # Where there is a window, a look may cost a request: that goes behind the frame, which the peer waits for.
-            if self._window is None or self._watch.gone() is not None:
+            if self._watch.gone() is not None:
                 self._look()
                 self._check("send")
             accepted = self._offer(frame, size, priority)
-            if self._window is not None:
-                self._look()
-                if not accepted:
-                    self._check("send")
-                    return self._offer(frame, size, priority)
-            return accepted
+            if self._window is None:
+                return accepted
+            self._look()  # behind the frame, which is what the peer waits for: it may cost a request
+            if not accepted:
+                self._check("send")
+                return self._offer(frame, size, priority)
+            return True  # what `_look` found is news for the next call
 
     def _offer(self, frame: Buffer, size: int, priority: int) -> bool:
         if not self._push():
@@ -261,10 +264,10 @@ class MailLink:
     def _look(self) -> None:
         """Look for credit, for a BYE and for a death on behalf of a sender, who may have no receiver beside it.
 
-        What it finds on the way is stashed. The peer's window bounds that; without one, a single frame is looked at, and
-        all of them once the peer is gone, for the BYE may be behind them.
+        What it finds on the way is stashed. The peer's window bounds that; without one, only what a peer left that is gone is
+        looked through, for its BYE is behind it.
         """
-        bound = 1 if self._window is None else self._window.frames + 2
+        bound = 0 if self._window is None else self._window.frames + 2
         while self._end is None and (len(self._stash) < bound or self._watch.gone() is not None):
             frame = self._pull()
             if frame is not None:
@@ -414,7 +417,7 @@ class MailLink:
                 waits.append(Wait((self._aside.announce(),)))
             if want & Want.SEND:
                 waits.append(Wait((self._news.announce(),)))
-            if want & Want.RECV or len(self._stash) == 0 or self._window is not None:
+            if want & Want.RECV or self._window is not None:
                 waits.append(self._inbox.arm())
             if want & Want.SEND or self._rest or self._owing:
                 waits.append(self._outbox.arm())
