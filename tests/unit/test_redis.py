@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from ipckit import aio, errors
 from ipckit._url import parse
 from ipckit._wait import Gate, Lane, run
 from ipckit.testing.servers import redis_server
-from ipckit.transports import _redis_wire
+from ipckit.transports import _redis_mail, _redis_wire
 from ipckit.transports import redis as transport
 
 redis = pytest.importorskip("redis")
@@ -121,6 +122,68 @@ def test_the_unix_socket_and_tcp_are_one_place(server, tmp_path):
         assert b.recv(timeout=5) == b"hi"
     assert ipckit.capabilities(unix).cross_machine is False
     assert ipckit.capabilities("rediss://h/0/x").encrypted
+
+
+@contextlib.contextmanager
+def tls_proxy(server, certificate):
+    """TLS in front of a server that speaks none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+    port = 0
+
+    async def pump(reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader, writer):
+        there, back = await asyncio.open_unix_connection(str(server.socket))
+        await asyncio.gather(pump(reader, back), pump(there, writer))
+
+    async def main():
+        nonlocal port
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        port = listening.sockets[0].getsockname()[1]
+        ready.set()
+        await stop.wait()
+        listening.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    stop = asyncio.Event()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
+    thread.start()
+    ready.wait(10)
+    try:
+        yield port
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+
+
+def test_tls(server, tmp_path):
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    with tls_proxy(server, authority.issue_cert("127.0.0.1")) as port:
+        url = f"rediss://127.0.0.1:{port}/0/{tmp_path.name}?ca={tmp_path}/ca.pem"
+        with pair(url) as (a, b):
+            big = os.urandom(3_000_000)
+            thread = threading.Thread(target=a.send, args=(big,))
+            thread.start()
+            assert b.recv(timeout=20) == big
+            thread.join()
+            for n in range(50):
+                b.send(b"%d" % n, timeout=20)
+                assert a.recv(timeout=20) == b"%d" % n
+        with pytest.raises(errors.AccessDenied, match="certificate"):
+            ipckit.listen(url.partition("?")[0], timeout=10)
 
 
 # -- what is in the server --------------------------------------------------------------------------------------------
@@ -237,7 +300,7 @@ def test_garbage_in_the_rendezvous(url, keys):
 def test_a_card_is_checked(card):
     url = parse("redis://h/0/n")
     options = transport.RedisOptions()
-    post = transport._Post(transport.read_address(url, options), options)
+    post = _redis_mail.Post(transport.read_address(url, options), options.window, options.ttl)
     with pytest.raises((errors.ProtocolError, errors.NothingListening)):
         next(post.open_outbox(card))
 

@@ -50,6 +50,8 @@ def map_redis(error: BaseException, url: Url, operation: str) -> errors.IpcError
     if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
         return errors.AccessDenied(text, url=url, operation=operation)
     cause = error.__cause__ or error.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return errors.AccessDenied(text, url=url, operation=operation, hint="ca= names the authority to trust")
     if isinstance(error, OSError) or isinstance(cause, OSError):
         code = error.errno if isinstance(error, OSError) else getattr(cause, "errno", None)
         if code in SCARCE:

@@ -405,7 +405,6 @@ class MqTransport(Transport[MqOptions]):
     capabilities = Capabilities(
         patterns=frozenset({"channel"}),
         priorities=_LEVELS,
-        peer_credentials=True,
         model="messages that the kernel keeps in queues by priority",
         synchronisation="no",
         data="discrete messages with a priority",
