@@ -10,8 +10,9 @@ thread, `AsyncChannel` and `AsyncListener` on the running loop; they hold nothin
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
@@ -132,20 +133,14 @@ class _Frames:
         return frames
 
     def recv_into(self, buffer: bytearray | memoryview) -> Steps[int]:
-        view = memoryview(buffer).cast("B")
         frame = yield from self.recv()
-        if len(frame) > len(view):
+        try:
+            return _fill(buffer, frame, self.url)
+        except errors.MessageTooLarge:
             self._held = frame
             self.counts[2] -= 1
             self.counts[3] -= len(frame)
-            raise errors.MessageTooLarge(
-                f"the message has {len(frame)} bytes, the buffer {len(view)}",
-                url=self.url,
-                operation="recv_into",
-                hint="it was kept: recv() returns it",
-            )
-        view[: len(frame)] = frame
-        return len(frame)
+            raise
 
     def _try_recv(self, look: Callable[[], bytes | None] | None = None) -> bytes | None:
         if self._held is not None:
@@ -169,6 +164,8 @@ class _Frames:
 
     def borrow(self) -> Steps[AbstractContextManager[memoryview]]:
         link = self._claiming("borrow")
+        if self._held is not None:
+            return nullcontext(memoryview(self._try_recv() or b""))
         while (view := link.try_borrow()) is None:
             wait = self._link.arm(Want.RECV)
             if (view := link.try_borrow()) is not None:
@@ -182,6 +179,19 @@ class _Frames:
                 "this transport has no memory to lend", url=self.url, operation=operation, hint="shm:// has"
             )
         return self._link
+
+
+def _fill(buffer: bytearray | memoryview, frame: bytes, url: Url) -> int:
+    view = memoryview(buffer).cast("B")
+    if len(frame) > len(view):
+        raise errors.MessageTooLarge(
+            f"the message has {len(frame)} bytes, the buffer {len(view)}",
+            url=url,
+            operation="recv_into",
+            hint="it was kept: recv() returns it",
+        )
+    view[: len(frame)] = frame
+    return len(frame)
 
 
 class _Driven:
@@ -220,6 +230,7 @@ class _BaseChannel(Endpoint, Generic[T]):
         self._encode = codec.encode
         self._decode = codec.decode
         self._codec = codec
+        self._undecoded = deque[bytes]()  # received by recv_many, behind one that could not be decoded
         self._tx = Lane(self._gate, "send")
         self._rx = Lane(self._gate, "recv")
         self._fused: Fused = link if isinstance(link, Fused) else _Driven(self._frames, self._tx, self._rx)
@@ -231,6 +242,37 @@ class _BaseChannel(Endpoint, Generic[T]):
 
     def stats(self) -> ChannelStats:
         return ChannelStats(*self._fused.counters())
+
+    def _decoded(self, frames: list[bytes]) -> list[T]:
+        """The values up to the first frame that is none; that one is the next call's error, if there are values before it."""
+        values: list[T] = []
+        for index, frame in enumerate(frames):
+            try:
+                values.append(self._decode(frame))
+            except Exception:  # a codec may raise anything; no message is lost to its neighbour's error
+                self._undecoded.extend(frames[index if values else index + 1 :])
+                if not values:
+                    raise
+                break
+        return values
+
+    def _take_undecoded(self, limit: int) -> list[bytes]:
+        frames: list[bytes] = []
+        if self._undecoded and not self.closed:
+            with suppress(IndexError):
+                while len(frames) < limit:
+                    frames.append(self._undecoded.popleft())
+        return frames
+
+    def _undecoded_into(self, buffer: bytearray | memoryview) -> int | None:
+        frames = self._take_undecoded(1)
+        if not frames:
+            return None
+        try:
+            return _fill(buffer, frames[0], self.url)
+        except errors.MessageTooLarge:
+            self._undecoded.appendleft(frames[0])
+            raise
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For multiprocessing: an end that may be given away (`pipe://`) passes to a child. Raises Unsupported for others."""
@@ -285,19 +327,24 @@ class Channel(_BaseChannel[T]):
 
     def recv(self, timeout: float | None = None) -> T:
         """The next message. Raises SchemaError or CodecError for one that is not what was declared; it is consumed."""
-        return self._decode(self._fused.recv(timeout))
+        frames = self._take_undecoded(1)
+        return self._decode(frames[0] if frames else self._fused.recv(timeout))
 
     def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
         """The next message's bytes into `buffer`; returns their number. Raises MessageTooLarge, and keeps the message."""
-        return self._fused.recv_into(buffer, timeout)
+        count = self._undecoded_into(buffer)
+        return self._fused.recv_into(buffer, timeout) if count is None else count
 
     def send_many(self, values: Sequence[T], timeout: float | None = None) -> int:
         """Send them all, batched. Returns how many were sent, which is fewer only when the time was up."""
         return self._fused.send_many([self._encode(value) for value in values], timeout)
 
     def recv_many(self, limit: int, timeout: float | None = None) -> list[T]:
-        """Wait for one message, then take what is there, `limit` at most."""
-        return [self._decode(frame) for frame in self._fused.recv_many(limit, timeout)]
+        """Wait for one message, then take what is there, `limit` at most.
+
+        Where one of them is not what was declared, the messages before it are returned, and the next call raises its error.
+        """
+        return self._decoded(self._take_undecoded(limit) or self._fused.recv_many(limit, timeout))
 
     def loan(self, size: int, timeout: float | None = None) -> AbstractContextManager[memoryview]:
         """`with channel.loan(n) as view:` writes a message of `size` bytes in place; the end of the block sends it."""
@@ -335,16 +382,19 @@ class AsyncChannel(_BaseChannel[T]):
         await arun(self._frames.send(self._encode(value), priority), self._tx, timeout)
 
     async def recv(self, timeout: float | None = None) -> T:
-        return self._decode(await arun(self._frames.recv(), self._rx, timeout))
+        frames = self._take_undecoded(1)
+        return self._decode(frames[0] if frames else await arun(self._frames.recv(), self._rx, timeout))
 
     async def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
-        return await arun(self._frames.recv_into(buffer), self._rx, timeout)
+        count = self._undecoded_into(buffer)
+        return await arun(self._frames.recv_into(buffer), self._rx, timeout) if count is None else count
 
     async def send_many(self, values: Sequence[T], timeout: float | None = None) -> int:
         return await arun(self._frames.send_many([self._encode(value) for value in values]), self._tx, timeout)
 
     async def recv_many(self, limit: int, timeout: float | None = None) -> list[T]:
-        return [self._decode(frame) for frame in await arun(self._frames.recv_many(limit), self._rx, timeout)]
+        frames = self._take_undecoded(limit)
+        return self._decoded(frames or await arun(self._frames.recv_many(limit), self._rx, timeout))
 
     @asynccontextmanager
     async def loan(self, size: int, timeout: float | None = None) -> AsyncIterator[memoryview]:

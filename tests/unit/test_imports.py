@@ -1,0 +1,43 @@
+"""`import ipckit` is cheap, and imports no backend."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+
+BACKENDS = ["posix_ipc", "zmq", "nats", "redis", "hiredis", "grpc", "google", "msgpack", "numpy", "rich", "trustme"]
+HEAVY = ["asyncio", "ssl", "multiprocessing", "msgspec", "importlib.metadata", "logging"]
+
+
+def python(code: str) -> str:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("COV", "PYTEST"))}
+    run = [sys.executable, "-c", code]
+    return subprocess.run(run, check=True, capture_output=True, text=True, timeout=60, env=environ).stdout
+
+
+def test_no_backend_is_imported() -> None:
+    loaded = python("import sys, ipckit; print(*sys.modules)").split()
+    assert [name for name in BACKENDS if name in loaded] == []
+    assert [name for name in loaded if name.startswith("ipckit.transports.")] == []
+
+
+def test_one_transport_loads_no_other_backend() -> None:
+    loaded = python(
+        "import sys, ipckit; a, b = ipckit.pair('inproc://'); a.close(); b.close(); print(*sys.modules)"
+    ).split()
+    assert [name for name in BACKENDS if name in loaded] == []
+    assert "ipckit.transports.inproc" in loaded
+
+
+def test_what_is_dear_is_imported_where_it_is_used() -> None:
+    loaded = python("import sys, ipckit; print(*sys.modules)").split()
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_import_takes_50_ms_at_most() -> None:
+    """Issue 1, criterion 6. Processor time, which a busy machine stretches less than the clock on the wall."""
+    code = "import time; t = time.process_time(); import ipckit; print(time.process_time() - t)"
+    python(code)
+    assert statistics.median(float(python(code)) for _ in range(7)) <= 0.050
