@@ -18,6 +18,7 @@ LAYERS = [
     {"errors"},
     {"_url", "_capabilities"},
     {"_options", "_spi"},
+    {"spi"},
     {"_wait", "_registry", "_native", "codecs", "message", "transports", "_protocol"},
     {"_endpoint", "observe"},
     {"channel", "queue", "pubsub", "rpc", "sync"},
