@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import threading
+import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -26,9 +29,39 @@ ShellName = Literal["sync", "async"]
 HANG = 30.0
 
 
+class Pending(Future[T]):
+    """A future that tells, when it is not done in time, what everybody is doing instead."""
+
+    def result(self, timeout: float | None = None) -> T:
+        try:
+            return super().result(timeout)
+        except TimeoutError:
+            if self.done():  # with a timeout of its own
+                raise
+        raise AssertionError(
+            f"it hangs: nothing within {timeout} s\n\n" + "\n\n".join(tell() for tell in set(WITNESSES))
+        )
+
+
+def stacks() -> str:
+    """Where each thread of this process stands, and each task of its loops."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    told = []
+    for number, frame in sys._current_frames().items():
+        told.append(f"-- thread {names.get(number, number)}\n" + "".join(traceback.format_stack(frame)[-8:]))
+    for task in (task for loop in tuple(_loops) for task in asyncio.all_tasks(loop)):
+        told.append(f"-- {task!r}\n" + "".join(f"  {frame}\n" for frame in task.get_stack()))
+    return "\n".join(told)
+
+
+_loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+#: Who can say what is going on in a process.
+WITNESSES: set[Callable[[], str]] = {stacks}
+
+
 def in_thread(work: Callable[[], T]) -> Future[T]:
     """Run `work` on a thread of its own, which dies with the process should it hang."""
-    future: Future[T] = Future()
+    future: Future[T] = Pending()
 
     def body() -> None:
         try:
@@ -122,6 +155,7 @@ class Loop:
     def __init__(self) -> None:
         self.failures: list[dict[str, Any]] = []
         self._loop = asyncio.new_event_loop()
+        _loops.add(self._loop)
         self._loop.set_exception_handler(lambda _loop, context: self.failures.append(context))
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -131,10 +165,10 @@ class Loop:
             result = getattr(target, name)(*args, **named)
             return await result if inspect.isawaitable(result) else result
 
-        return asyncio.run_coroutine_threadsafe(call(), self._loop)
+        return _then(asyncio.run_coroutine_threadsafe(call(), self._loop))
 
     def program(self, program: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(program(*args), self._loop)
+        return _then(asyncio.run_coroutine_threadsafe(program(*args), self._loop))
 
     def close(self) -> None:
         async def wind_up() -> None:
@@ -242,8 +276,8 @@ class Local:
         return end
 
 
-def _then(future: Future[Any], make: Callable[[Any], T]) -> Future[T]:
-    after: Future[T] = Future()
+def _then(future: Future[Any], make: Callable[[Any], T] = lambda result: result) -> Future[T]:
+    after: Future[T] = Pending()
 
     def done(first: Future[Any]) -> None:
         try:

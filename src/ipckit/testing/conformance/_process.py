@@ -8,10 +8,12 @@ Endpoints stay there; a handle, which is a number, stands for each of them here.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -20,7 +22,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from ._parties import HANG, End, Local, ShellName, shell_of
+from ._parties import HANG, WITNESSES, End, Local, Pending, ShellName, shell_of
 
 T = TypeVar("T")
 _spawn = multiprocessing.get_context("spawn")
@@ -35,9 +37,11 @@ class Process:
 
     def __init__(self) -> None:
         ours, theirs = _spawn.Pipe()
-        self._process = _spawn.Process(target=main, args=(theirs,), daemon=True)
+        self._diary = tempfile.NamedTemporaryFile("r", prefix="ipckit-")  # noqa: SIM115 - until close()
+        self._process = _spawn.Process(target=main, args=(theirs, self._diary.name), daemon=True)
         self._process.start()
         theirs.close()
+        WITNESSES.add(self.tell)
         self._pipe = ours
         self._ids = itertools.count()
         self._asked: dict[int, Future[Any]] = {}
@@ -55,7 +59,7 @@ class Process:
         return self._process.is_alive()
 
     def ask(self, shell: ShellName, operation: str, *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+        future: Future[Any] = Pending()
         with self._mutex:
             number = next(self._ids)
             self._asked[number] = future
@@ -64,6 +68,13 @@ class Process:
 
     def environ(self, **variables: str) -> None:
         self.ask("sync", "environ", variables).result(HANG)
+
+    def tell(self) -> str:
+        """Where its threads stand."""
+        if self.alive:
+            self.signal(signal.SIGUSR1)
+            time.sleep(0.3)
+        return f"== process {self.pid}, {'alive' if self.alive else 'dead'}\n{self._diary.read()}"
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -75,7 +86,9 @@ class Process:
             time.sleep(0.001)
 
     def close(self) -> None:
+        WITNESSES.discard(self.tell)
         self.kill()
+        self._diary.close()
         self._listener.join(HANG)
         self._pipe.close()
         self._process.close()
@@ -104,7 +117,7 @@ class Remote:
         return self.process.ask(self._shell, operation, *args)
 
     def _ask_end(self, operation: str, *args: Any) -> Future[End]:
-        after: Future[End] = Future()
+        after: Future[End] = Pending()
 
         def done(first: Future[Any]) -> None:
             try:
@@ -171,7 +184,8 @@ class Pool:
 # -- what runs there -----------------------------------------------------------------------------------------------------
 
 
-def main(pipe: Connection) -> None:
+def main(pipe: Connection, diary: str) -> None:
+    faulthandler.register(signal.SIGUSR1, open(diary, "a"))  # noqa: SIM115 - for as long as the process lives
     signal.signal(signal.SIGINT, signal.default_int_handler)
     parties: dict[ShellName, Local] = {}
     numbers = itertools.count(1)
