@@ -12,6 +12,7 @@ import time
 import pytest
 
 import ipckit
+from ipckit import _registry
 from ipckit.cli import main
 
 
@@ -53,6 +54,16 @@ def test_what_is_not_installed_says_how_to_get_it(capsys, monkeypatch):
     assert main(["transports"]) == 0
     text = capsys.readouterr().out
     assert 'mq:// is not installed; from the checkout: pip install ".[mq]"' in text
+
+
+def test_a_transport_that_cannot_be_loaded_hides_none_of_the_others(capsys, monkeypatch):
+    monkeypatch.setitem(_registry._table, "broken", "nosuch.module:TRANSPORT")
+    assert main(["transports", "--json"]) == 0
+    told = capsys.readouterr()
+    assert "nosuch" in told.err
+    schemes = [entry["scheme"] for entry in json.loads(told.out)]
+    assert "unix" in schemes
+    assert "broken" not in schemes
 
 
 def test_without_rich_one_is_told(capsys, monkeypatch):

@@ -20,6 +20,7 @@ from .._options import size as read_size
 from .._url import parse
 from ..bench.claims import NOT_ALIKE, claims
 from ..bench.stats import size as write_size
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,13 +68,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def entries() -> list[Entry]:
-    """Every scheme that is known here, in the order of the registry."""
+    """Every scheme that is known here, in the order of the registry. One that cannot be loaded is told on standard error."""
     found = []
     for scheme in _registry.schemes():
         url = parse(scheme + "://x")
         try:
             transport = _registry.find(url)
-        except ImportError:
+        except ConfigError as error:  # an entry point of somebody else's that is broken hides none of the others
+            print(f"ipckit: {error}", file=sys.stderr)
             continue
         lacking = _registry.missing(transport)
         get = None
