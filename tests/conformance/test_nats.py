@@ -1,23 +1,16 @@
-import os
 import secrets
 
 import pytest
 import trustme
 
-from ipckit import errors
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, broker
 from ipckit.testing.servers import Server, nats_server
 
 
 @pytest.fixture(scope="module")
 def server():
-    try:
-        with nats_server() as running:
-            yield running
-    except errors.MissingDependency as missing:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(missing))
+    with broker(nats_server()) as running:
+        yield running
 
 
 class TestNats(ChannelContract):
@@ -36,13 +29,10 @@ def encrypted(tmp_path_factory):
     issued.private_key_pem.write_to_path(directory / "key.pem")
     issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
     authority.cert_pem.write_to_path(directory / "ca.pem")
-    try:
-        with nats_server(tls=(directory / "cert.pem", directory / "key.pem"), user="us", password="s/e:c") as running:
-            yield running, str(directory / "ca.pem")
-    except errors.MissingDependency as missing:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(missing))
+    with broker(
+        nats_server(tls=(directory / "cert.pem", directory / "key.pem"), user="us", password="s/e:c")
+    ) as running:
+        yield running, str(directory / "ca.pem")
 
 
 class TestNatsTls(ChannelContract):

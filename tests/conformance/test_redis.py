@@ -3,19 +3,27 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, broker
 from ipckit.testing.servers import Server, redis_server
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with redis_server() as server:
-        yield server
+    with broker(redis_server(private=True)) as running:
+        yield running
 
 
 class TestRedis(ChannelContract):
-    schemes = ("redis", "redis+unix", "rediss")
+    schemes = ("redis", "rediss")  # the same over TLS: tests/unit/test_redis.py
 
     @pytest.fixture
     def url(self, server: Server) -> str:
         return server.address(f"/0/contract-{uuid4().hex}")
+
+
+class TestRedisUnix(ChannelContract):
+    schemes = ("redis+unix",)
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return f"redis+unix://{server.socket}?name=contract-{uuid4().hex}"

@@ -2,8 +2,6 @@ import pytest
 
 from ipckit.testing.conformance import ChannelContract, free_port
 
-pytest.importorskip("zmq")
-
 
 class TestZmqTcp(ChannelContract):
     schemes = ("zmq+tcp",)

@@ -16,6 +16,6 @@ import pytest
 for _name in ("_base", "_messages", "_waiting", "_ending", "_naming", "_programs"):
     pytest.register_assert_rewrite(f"{__name__}.{_name}")
 
-from .channel import ChannelContract, free_port  # noqa: E402 - the rewriting has to be announced first
+from .channel import ChannelContract, broker, free_port  # noqa: E402 - the rewriting has to be announced first
 
-__all__ = ["ChannelContract", "free_port"]
+__all__ = ["ChannelContract", "broker", "free_port"]

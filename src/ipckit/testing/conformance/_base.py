@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import atexit
-import re
+import os
 import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import pytest
 
@@ -68,6 +68,26 @@ def raises(kind: type[errors.IpcError], action: Callable[[], object]) -> errors.
     return caught.value
 
 
+@contextmanager
+def broker(server: AbstractContextManager[T]) -> Iterator[T]:
+    """A server for the tests of one module. Where there is no binary for it: skipped on a laptop, an error in CI."""
+    try:
+        running = server.__enter__()
+    except errors.MissingDependency as missing:
+        absent(str(missing))
+    try:
+        yield running
+    finally:
+        server.__exit__(None, None, None)
+
+
+def absent(what: str) -> NoReturn:
+    """What cannot be tested here for want of something that is not installed. CI has to have it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"missing in CI: {what}")
+    pytest.skip(what)
+
+
 class Contract:
     """The fixtures. A subclass brings `url`: a fresh, unused address for each test."""
 
@@ -86,6 +106,13 @@ class Contract:
         yield path
         shutil.rmtree(path, ignore_errors=True)
 
+    @pytest.fixture(autouse=True)
+    def installed(self, url: str) -> None:
+        """The transport's client library is there."""
+        lacking = registry.missing(registry.find(ipckit.Url(self.scheme(url))))
+        if lacking is not None:
+            absent(f"the module {lacking!r}")
+
     @pytest.fixture
     def capabilities(self, url: str) -> Capabilities:
         return ipckit.capabilities(url)
@@ -93,7 +120,7 @@ class Contract:
     @pytest.fixture
     def options(self, url: str) -> frozenset[str]:
         """The names of the options that this transport takes."""
-        transport = registry.find(ipckit.Url(url.partition("://")[0]))
+        transport = registry.find(ipckit.Url(self.scheme(url)))
         return frozenset(transport.options.__dataclass_fields__)
 
     @pytest.fixture(params=["sync", "async"])
@@ -181,4 +208,4 @@ class Contract:
 
     @staticmethod
     def scheme(url: str) -> str:
-        return re.split("://", url, maxsplit=1)[0]
+        return url.partition("://")[0]

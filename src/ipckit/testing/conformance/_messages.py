@@ -158,6 +158,22 @@ class MessageContracts(Contract):
         assert near.here.recv() == b"larger than three"
         assert near.here.recv() == b"next"
 
+    def test_borrow_what_recv_into_kept(self, near: Meeting, capabilities: Capabilities) -> None:
+        self.needs(capabilities.zero_copy, "zero_copy")
+        near.there.send(b"larger than three")
+        near.there.send(b"next")
+        raises(errors.MessageTooLarge, lambda: near.here.call("recv_into", bytearray(3), 10))
+        assert near.here.run(_borrowed, 2).result(HANG) == [b"larger than three", b"next"]
+
+    def test_view_kept_past_its_block(self, near: Meeting, capabilities: Capabilities) -> None:
+        """It raises, and does not dangle: the memory stays until the view is gone. Then the channel goes on."""
+        self.needs(capabilities.zero_copy, "zero_copy")
+        near.there.send(b"borrowed")
+        assert near.here.run(_keep, "borrow", 10).result(HANG) == b"borrowed"
+        near.here.run(_keep, "loan", 8, 10).result(HANG)
+        near.here.send(b"after")
+        assert near.there.recv() == b"after"
+
     def test_loan_and_borrow(self, ends: Meeting, capabilities: Capabilities) -> None:
         """Written in place by one, read in place by the other; an exception takes a loan back."""
         self.needs(capabilities.zero_copy, "zero_copy")
@@ -251,6 +267,17 @@ async def _lend(end: Any, messages: list[bytes]) -> None:
                 if not message:
                     raise _GiveUp
                 view[:] = message
+
+
+async def _keep(end: Any, verb: str, *args: Any) -> bytes:
+    kept = None
+    with pytest.raises(BufferError):
+        async with getattr(end, verb)(*args) as view:
+            kept = view[:]
+    assert kept is not None
+    content = bytes(kept)
+    kept.release()
+    return content
 
 
 async def _borrowed(end: Any, count: int) -> list[bytes]:
