@@ -162,8 +162,10 @@ def run(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
     """
     gate = lane.gate
     gate.refuse_foreign(lane.operation)
+    if timeout is not None and not timeout >= 0:
+        raise no_timeout()
     deadline = None if timeout is None else time.monotonic() + timeout
-    if not lane.mutex.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)):
+    if not lane.mutex.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
         steps.close()
         if gate.closed:
             raise errors.Closed("this endpoint is closed", url=gate.url, operation=lane.operation)
@@ -213,6 +215,10 @@ def _timed_out(lane: Lane, timeout: float | None) -> errors.Timeout:
     return errors.Timeout(f"nothing happened within {timeout:g} s", url=lane.gate.url, operation=lane.operation)
 
 
+def no_timeout() -> ValueError:
+    return ValueError("timeout must be None, 0 or positive")
+
+
 # -- the event loop -----------------------------------------------------------------------------------------------
 
 
@@ -220,6 +226,8 @@ async def arun(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
     """Drive `steps` to its result on the running loop. As `run`; cancelling it closes `steps`, which loses nothing."""
     gate = lane.gate
     gate.check(lane.operation)
+    if timeout is not None and not timeout >= 0:
+        raise no_timeout()
     try:
         wait = next(steps)
     except StopIteration as stop:  # the common case: nothing to wait for

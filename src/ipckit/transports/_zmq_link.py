@@ -20,7 +20,7 @@ import zmq
 from .. import errors
 from .._spi import Buffer, Peer, Steps, Wait, Want
 from .._url import Url
-from .._wait import Gate, Lane, run
+from .._wait import Gate, Lane, no_timeout, run
 from ._zmq_context import Sleeper, map_zmq
 from ._zmq_hub import ACK, BYE, DATA, GREETING, REFUSED, VERSION, WELCOME, Hub
 
@@ -253,6 +253,8 @@ class ZmqLink:
     def send(self, frame: Buffer, timeout: float | None = None, priority: int = 0) -> None:
         if priority:
             raise errors.Unsupported("zmq has no priorities", url=self._url, operation="send")
+        if timeout is not None and not timeout >= 0:
+            raise no_timeout()
         if not self.try_send(frame):
             run(self._sending(frame), self._tx, timeout)
 
@@ -264,6 +266,8 @@ class ZmqLink:
             yield wait
 
     def recv(self, timeout: float | None = None) -> bytes:
+        if timeout is not None and not timeout >= 0:
+            raise no_timeout()
         hub = self._hub
         if hub.direct is self and timeout != 0 and hub.lock.acquire(False):
             started = timeout and time.monotonic()
@@ -313,6 +317,8 @@ class ZmqLink:
         return len(frame)
 
     def send_many(self, frames: Sequence[Buffer], timeout: float | None = None) -> int:
+        if timeout is not None and not timeout >= 0:
+            raise no_timeout()
         deadline = None if timeout is None else time.monotonic() + timeout
         done = 0
         try:

@@ -74,6 +74,14 @@ class WaitingContracts(Contract):
             assert isinstance(error, TimeoutError)
             assert error.operation == "recv"
 
+    @pytest.mark.parametrize(("timeout", "error"), [(-1, ValueError), (float("nan"), ValueError), ("1", TypeError)])
+    def test_what_is_no_timeout(self, timeout: Any, error: type[Exception], near: Meeting) -> None:
+        for call in (lambda: near.here.recv(timeout), lambda: near.here.send(b"not sent", timeout)):
+            with pytest.raises(error):
+                call()
+        near.here.send(b"sent")
+        assert near.there.recv() == b"sent"
+
     def test_zero_takes_what_is_there(self, near: Meeting) -> None:
         near.there.send(b"here")
         deadline = time.monotonic() + 10
