@@ -94,7 +94,10 @@ class Opening:
         operation: str,
     ) -> None:
         self.url = parse(url)
-        self.transport = _registry.open_transport(self.url, frozenset(require))
+        required = frozenset(
+            (require,) if isinstance(require, str) else require
+        )  # a str is a collection too, of letters
+        self.transport = _registry.open_transport(self.url, required)
         self.capabilities = self.transport.capabilities_of(self.url)
         if pattern not in self.capabilities.patterns:
             raise errors.Unsupported(

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from math import isfinite
 from typing import Any, TypeVar
 
 from ._url import Url
@@ -28,6 +27,10 @@ _TIME = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9}
 _TIME |= {"m": 60 * 10**9, "min": 60 * 10**9, "h": 3600 * 10**9, "d": 86400 * 10**9}
 _SIZE = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+# What those who are given it can count: milliseconds in a C int, bytes in 64 bits.
+LONGEST = 14 * 86400
+LARGEST = 2**63 - 1
 
 #: Messages above this are refused unless `limit=` says otherwise; checked before anything is allocated.
 DEFAULT_LIMIT = 16 << 20
@@ -43,8 +46,9 @@ def duration(text: str) -> float:
     match = _NUMBER.match(text)
     if match and (match[2] in _TIME or (float(match[1]) == 0 and not match[2])):
         seconds = float(match[1]) * _TIME.get(match[2], 0) / 10**9
-        if isfinite(seconds):
-            return seconds
+        if seconds > LONGEST:
+            raise ValueError("at most 14d")
+        return seconds
     raise ValueError("a duration with its unit, for example 20us, 5ms, 1.5s")
 
 
@@ -53,7 +57,10 @@ def size(text: str) -> int:
     match = _NUMBER.match(text)
     if match and match[2] in _SIZE and len(match[1]) <= 20:
         number = float(match[1]) if "." in match[1] else int(match[1])
-        return int(number * _SIZE[match[2]])
+        value = int(number * _SIZE[match[2]])
+        if value > LARGEST:
+            raise ValueError(f"at most {LARGEST}")
+        return value
     raise ValueError("a size, for example 4096, 64KiB, 16MiB")
 
 

@@ -136,7 +136,7 @@ class _Frames:
         frame = yield from self.recv()
         try:
             return _fill(buffer, frame, self.url)
-        except errors.MessageTooLarge:
+        except Exception:  # too small, read-only, no buffer at all: none of it may cost the message
             self._held = frame
             self.counts[2] -= 1
             self.counts[3] -= len(frame)
@@ -270,7 +270,7 @@ class _BaseChannel(Endpoint, Generic[T]):
             return None
         try:
             return _fill(buffer, frames[0], self.url)
-        except errors.MessageTooLarge:
+        except Exception:
             self._undecoded.appendleft(frames[0])
             raise
 
@@ -286,7 +286,10 @@ class _BaseChannel(Endpoint, Generic[T]):
         return type(self), (self._link, self.url, self._codec, self.capabilities)
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when a message may have come. Raises Unsupported where there is none."""
+        """A descriptor that becomes readable when a message may have come. Raises Unsupported where there is none.
+
+        Several may have come at once: when it is readable, `recv(0)` until it raises Timeout, and only then wait for it again.
+        """
         if self.closed:
             raise errors.Closed("this endpoint is closed", url=self.url, operation="fileno")
         if not isinstance(self._link, Pollable):

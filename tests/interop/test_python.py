@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -40,8 +41,9 @@ def test_the_server_of_the_page(run):
         channel.send(b"x")
         assert channel.recv(30) == b"x"
     with ipckit.connect("unix://calc?limit=100MiB", timeout=30) as channel:
-        with pytest.raises(errors.PeerError):
+        with contextlib.suppress(errors.PeerError):  # it may have hung up before all of it was sent
             channel.send(bytes((16 << 20) + 1), 30)
+        with pytest.raises(errors.PeerError):
             channel.recv(30)
 
 

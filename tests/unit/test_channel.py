@@ -219,6 +219,7 @@ def test_mistakes_are_told_before_anything_is_opened(verb: str) -> None:
         ("inproc://x?limt=1", {}, errors.BadOption),
         ("inproc://x", {"require": {"durable"}}, errors.Unsupported),
         ("inproc://x", {"require": ["durabel"]}, errors.BadOption),
+        ("inproc://x", {"require": "durable"}, errors.Unsupported),
         ("inproc://x", {"codec": "pickle"}, errors.BadOption),
         ("inproc://x", {"codec": "yaml"}, errors.BadOption),
     ):

@@ -22,10 +22,10 @@ def run_dir(tmp_path, monkeypatch):
     return path
 
 
-def pair(url):
+def pair(url, theirs=None):
     with ipckit.listen(url) as listener:
         found = []
-        thread = threading.Thread(target=lambda: found.append(ipckit.connect(url, timeout=20)))
+        thread = threading.Thread(target=lambda: found.append(ipckit.connect(theirs or url, timeout=20)))
         thread.start()
         server = listener.accept(timeout=20)
         thread.join()
@@ -64,13 +64,26 @@ def test_a_path(tmp_path):
     assert not os.path.exists(tmp_path / "here")
 
 
-def test_a_larger_buffer():
+@pytest.mark.parametrize("who", ["both", "listener", "client"])
+def test_a_larger_buffer(who):
     import fcntl
 
-    a, b = pair("fifo://x?size=256KiB")
+    larger = "fifo://x?size=256KiB"
+    a, b = pair("fifo://x" if who == "client" else larger, "fifo://x" if who == "listener" else larger)
     with a, b:
         assert fcntl.fcntl(a.native.write, fcntl.F_GETPIPE_SZ) == 256 << 10
         assert fcntl.fcntl(b.native.write, fcntl.F_GETPIPE_SZ) == 256 << 10
+
+
+def test_a_buffer_that_is_not_allowed_is_told_to_who_listens(monkeypatch):
+    def refuse(fd, command, size):
+        raise PermissionError(1, "Operation not permitted")
+
+    with pytest.raises(errors.BadOption, match="at most 1GiB"):
+        ipckit.listen("fifo://x?size=2GiB")
+    monkeypatch.setattr("ipckit.transports._stream.fcntl.fcntl", refuse)
+    with pytest.raises(errors.ResourceLimit, match="pipe-max-size"):
+        ipckit.listen("fifo://x?size=256KiB")
 
 
 @pytest.mark.parametrize("kind", ["fifo", "file", "link", "read"])

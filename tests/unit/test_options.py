@@ -51,6 +51,8 @@ def test_values() -> None:
         ("spin=20", "its unit"),
         ("limit=16MiBB", "a size"),
         ("limit=-1", "a size"),
+        ("limit=99999999999GiB", "at most"),
+        ("spin=15d", "at most 14d"),
         ("group=", "some text"),
     ],
 )

@@ -6,9 +6,24 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
+
+from .. import _options
 
 _HEADER = struct.Struct(">I")
 HEADER_SIZE = _HEADER.size
+_LARGEST = 0xFFFFFFFE  # ff ff ff ff is the goodbye
+
+
+def _limit(text: str) -> int:
+    value = _options.size(text)
+    if value > _LARGEST:
+        raise ValueError(f"at most {_LARGEST}, which is what a prefix of 4 bytes can say")
+    return value
+
+
+def limit_option() -> Any:
+    return _options.option(_options.DEFAULT_LIMIT, _limit, "largest message, in bytes; larger ones are refused")
 
 
 class FrameTooLong(ValueError):

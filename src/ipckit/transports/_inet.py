@@ -37,7 +37,14 @@ class Address:
 
 def keepalive_option() -> Any:
     help = "a peer whose machine is silent for this long is dead; 0: for ever"
-    return option(30.0, _options.duration, help)
+    return option(30.0, _keepalive, help)
+
+
+def _keepalive(text: str) -> float:
+    seconds = _options.duration(text)
+    if seconds and not 1 <= seconds <= 64_800:  # the kernel counts in whole seconds, 32767 of them idle
+        raise ValueError("0, or from 1s to 18h")
+    return seconds
 
 
 # -- names --------------------------------------------------------------------------------------------------------
@@ -151,7 +158,11 @@ def connect_steps(url: Url, keepalive: float) -> Steps[tuple[socket.socket, Host
                 for address in addresses:
                     sock, error_ = yield from _attempt(address)
                     if sock is not None:
-                        tune(sock, keepalive)
+                        try:
+                            tune(sock, keepalive)
+                        except BaseException:
+                            sock.close()
+                            raise
                         return sock, host
                     last = error_
                     if last is not None and last.errno not in _NOT_YET:

@@ -9,20 +9,24 @@ one for the other would be to truncate silently. docs/adr/0003-goodbye.md weighs
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 from .. import _native as native_core
 from .. import _options, errors
 from .._options import option
 from .._spi import Peer, Wait
 from .._url import Url
+from . import _frames
 from ._native import Ended, make_fail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions(_options.LinkOptions):
+    limit: int = _frames.limit_option()
     spin: float | None = option(None, _options.spin, "how long to spin before sleeping, or auto")
     goodbye: bool = option(
         True, _options.flag, "off: the peer writes none (a foreign client); its death may look like its end"
@@ -94,6 +98,32 @@ def make_link(
         Descriptors(rfd, wfd),
         peer or Peer(),
     )
+
+
+def _pipe_size(text: str) -> int:
+    value = _options.size(text)
+    if value > 1 << 30:
+        raise ValueError("at most 1GiB")
+    return value
+
+
+def pipe_size_option() -> Any:
+    help = "the kernel's buffer for each direction; 0: as the system has it (64 KiB)"
+    return option(0, _pipe_size, help)
+
+
+def set_pipe_size(url: Url, operation: str, size: int, *fds: int) -> None:
+    """`size=` of pipes, 0 for as they are. Raises ResourceLimit above what the system allows; other OSErrors as they come."""
+    try:
+        for fd in fds if size else ():
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
+    except PermissionError as error:
+        raise errors.ResourceLimit(
+            f"a pipe of {size} bytes is not allowed",
+            url=url,
+            operation=operation,
+            hint="see /proc/sys/fs/pipe-max-size",
+        ) from error
 
 
 def spin_ns(options: StreamOptions) -> int:

@@ -301,6 +301,8 @@ class ZmqLink:
 
     def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
         view = memoryview(buffer).cast("B")
+        if view.readonly:  # found out later, it would cost the message
+            raise BufferError("the buffer is read-only")
         frame = self.recv(timeout)
         if len(frame) > len(view):
             self._taken -= 1

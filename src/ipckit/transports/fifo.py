@@ -17,7 +17,6 @@ writing. All FIFOs are 0600; what is opened is looked at afterwards: a FIFO, our
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import select
 import stat
@@ -29,9 +28,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from .. import _options, errors
+from .. import errors
 from .._capabilities import Capabilities
-from .._options import option
 from .._spi import Link, Listener, Peer, Steps, Transport, Wait
 from .._url import Url
 from . import _owner, _rendezvous, _runtime
@@ -39,7 +37,7 @@ from ._mail import Card
 from ._native import Ended
 from ._oserror import map_oserror
 from ._rendezvous import HELLO, MAX_GREETING, READY, VERSION, WELCOME, Desk, Greeting, read_greeting
-from ._stream import StreamOptions, make_link
+from ._stream import StreamOptions, make_link, pipe_size_option, set_pipe_size
 from ._unixsock import Name, take
 
 _UP, _DOWN = ".up", ".down"  # from the client, to the client
@@ -49,7 +47,7 @@ _LOOK_AGAIN = 0.05  # seconds between two looks whether the listener lives: an e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FifoOptions(StreamOptions):
-    size: int = option(0, _options.size, "the kernel's buffer for each direction; 0: as the system has it (64 KiB)")
+    size: int = pipe_size_option()
 
 
 class FifoTransport(Transport[FifoOptions]):
@@ -65,6 +63,7 @@ class FifoTransport(Transport[FifoOptions]):
     def listen(self, url: Url, options: FifoOptions) -> Steps[Listener]:
         path = _runtime.path_for(url, ".fifo")
         with _mapped(url, "listen"):
+            _try_size(url, options)
             _owner.sweep(_sessions(), lambda name: _unlink(_sessions() / name))
             inbox = _take(url, path)
         return Desk(url, inbox, lambda frame: _admit(url, options, frame))
@@ -75,6 +74,16 @@ class FifoTransport(Transport[FifoOptions]):
         return (
             yield from _rendezvous.keep_trying(url, lambda: _find(url, path), lambda desk: _knock(url, options, desk))
         )
+
+
+def _try_size(url: Url, options: FifoOptions) -> None:
+    """Better told to the one who listens than to each who connects."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        set_pipe_size(url, "listen", options.size, write)
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 # -- the listener's FIFO --------------------------------------------------------------------------------------------
@@ -163,6 +172,7 @@ def _admit(url: Url, options: FifoOptions, frame: bytes) -> Steps[Link]:
             raise
         _unlink(up)
         _unlink(down)
+        set_pipe_size(url, "accept", options.size, rfd, wfd)
         ours: Card = {"name": _owner.fresh_name()}
         os.write(wfd, _line(WELCOME, ours, options))
         while True:
@@ -205,9 +215,7 @@ def _knock(url: Url, options: FifoOptions, desk: int) -> Steps[Link]:
             rfd = fds.add(_open(url, down, os.O_RDONLY))
             reader = fds.add(_open(url, up, os.O_RDONLY))  # until the listener has one: without, it cannot be written
             wfd = fds.add(_open(url, up, os.O_WRONLY))
-            if options.size:
-                for fd in (rfd, wfd):
-                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, options.size)
+            set_pipe_size(url, "connect", options.size, rfd, wfd)
             # It begins a line of its own: half a line that somebody else left there must not swallow it.
             hello = b"\n" + _line(HELLO, {"directory": str(directory), "name": name}, options)
             while not _written(url, desk, hello):

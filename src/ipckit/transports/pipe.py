@@ -27,21 +27,21 @@ from dataclasses import dataclass, replace
 from multiprocessing import reduction
 from typing import Any, ClassVar
 
-from .. import _options, errors
+from .. import errors
 from .._capabilities import Capabilities
 from .._options import integer, option
 from .._spi import Link, Listener, Peer, Steps, Transport, Wait
 from .._url import Url
 from ._native import make_fail
 from ._oserror import map_oserror
-from ._stream import Descriptors, FdLink, StreamOptions, ended_unknown, forked, spin_ns
+from ._stream import Descriptors, FdLink, StreamOptions, ended_unknown, forked, pipe_size_option, set_pipe_size, spin_ns
 
 _NO_FD = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(StreamOptions):
-    size: int = option(0, _options.size, "the kernel's buffer for each direction; 0: as the system has it (64 KiB)")
+    size: int = pipe_size_option()
     rfd: int = option(_NO_FD, integer(0, 1 << 30), "connect: the inherited descriptor to read from; see hand_over()")
     wfd: int = option(_NO_FD, integer(0, 1 << 30), "connect: the inherited descriptor to write to")
 
@@ -92,18 +92,14 @@ class PipeTransport(Transport[Options]):
         try:
             fds += os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             fds += os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            if options.size:
-                for fd in (fds[1], fds[3]):
-                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, options.size)
+            set_pipe_size(url, "pair", options.size, fds[1], fds[3])
             left, right = _make(url, options, fds[0], fds[3]), _make(url, options, fds[2], fds[1])
-        except OSError as error:
+        except (OSError, errors.ResourceLimit) as error:
             for fd in fds:
                 os.close(fd)
-            if isinstance(error, PermissionError):
-                raise errors.ResourceLimit(
-                    f"a pipe of {options.size} bytes is not allowed", url=url, hint="see /proc/sys/fs/pipe-max-size"
-                ) from error
-            raise map_oserror(error, url, "pair") from error
+            if isinstance(error, OSError):
+                raise map_oserror(error, url, "pair") from error
+            raise
         left.pair = right.pair = _Pair((weakref.ref(left), weakref.ref(right)))
         return left, right
 

@@ -29,7 +29,7 @@ from .._capabilities import Capabilities
 from .._options import integer, option, text
 from .._spi import Link, Listener, Steps, Transport, Wait, Want
 from .._url import Url
-from . import _inet
+from . import _frames, _inet
 from ._accept import Acceptor
 from ._tlslink import TlsLink
 
@@ -39,6 +39,7 @@ _AT_A_TIME = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(_options.LinkOptions):
+    limit: int = _frames.limit_option()
     ca: str | None = option(None, text, "connect: file of the authorities to trust, instead of the system's")
     cert: str | None = option(None, text, "file with our certificate (and its chain); listening needs one")
     key: str | None = option(None, text, "file with its private key, if it is not in cert")

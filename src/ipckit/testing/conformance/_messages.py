@@ -174,6 +174,14 @@ class MessageContracts(Contract):
         near.here.send(b"after")
         assert near.there.recv() == b"after"
 
+    def test_recv_into_what_cannot_be_written(self, near: Meeting) -> None:
+        """Whatever is wrong with the buffer, the message is kept."""
+        near.there.send(b"kept")
+        for wrong in (b"read-only", memoryview(b"read-only"), "no buffer", None):
+            with pytest.raises((TypeError, BufferError)):
+                near.here.call("recv_into", wrong, 10)
+        assert near.here.recv() == b"kept"
+
     def test_loan_and_borrow(self, ends: Meeting, capabilities: Capabilities) -> None:
         """Written in place by one, read in place by the other; an exception takes a loan back."""
         self.needs(capabilities.zero_copy, "zero_copy")
