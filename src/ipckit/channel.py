@@ -622,40 +622,90 @@ def pair(
     )
 
 
+@overload
+async def alisten(
+    url: str | Url, *, timeout: float | None = None, require: Collection[str] = ()
+) -> AsyncListener[bytes]: ...
+@overload
 async def alisten(
     url: str | Url,
     *,
     timeout: float | None = None,
     codec: str | Codec[Any] | None = None,
-    type: type[T] | None = None,
+    type: type[T],
     require: Collection[str] = (),
-) -> AsyncListener[T]:
+) -> AsyncListener[T]: ...
+@overload
+async def alisten(
+    url: str | Url, *, timeout: float | None = None, codec: str | Codec[Any], require: Collection[str] = ()
+) -> AsyncListener[Any]: ...
+async def alisten(
+    url: str | Url,
+    *,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: Any = None,
+    require: Collection[str] = (),
+) -> AsyncListener[Any]:
     """`listen`, awaited."""
     opening = _Opening(url, codec, type, require, "listen")
     return AsyncListener(await opening.arun(opening.listen(), timeout), opening.codec, opening.capabilities)
 
 
+@overload
+async def aconnect(
+    url: str | Url, *, timeout: float | None = None, require: Collection[str] = ()
+) -> AsyncChannel[bytes]: ...
+@overload
 async def aconnect(
     url: str | Url,
     *,
     timeout: float | None = None,
     codec: str | Codec[Any] | None = None,
-    type: type[T] | None = None,
+    type: type[T],
     require: Collection[str] = (),
-) -> AsyncChannel[T]:
+) -> AsyncChannel[T]: ...
+@overload
+async def aconnect(
+    url: str | Url, *, timeout: float | None = None, codec: str | Codec[Any], require: Collection[str] = ()
+) -> AsyncChannel[Any]: ...
+async def aconnect(
+    url: str | Url,
+    *,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: Any = None,
+    require: Collection[str] = (),
+) -> AsyncChannel[Any]:
     """`connect`, awaited."""
     opening = _Opening(url, codec, type, require, "connect")
     link = await opening.arun(opening.connect(), timeout)
     return AsyncChannel(link, opening.url, opening.codec, opening.capabilities)
 
 
+@overload
+async def apair(
+    url: str | Url, *, require: Collection[str] = ()
+) -> tuple[AsyncChannel[bytes], AsyncChannel[bytes]]: ...
+@overload
 async def apair(
     url: str | Url,
     *,
     codec: str | Codec[Any] | None = None,
-    type: type[T] | None = None,
+    type: type[T],
     require: Collection[str] = (),
-) -> tuple[AsyncChannel[T], AsyncChannel[T]]:
+) -> tuple[AsyncChannel[T], AsyncChannel[T]]: ...
+@overload
+async def apair(
+    url: str | Url, *, codec: str | Codec[Any], require: Collection[str] = ()
+) -> tuple[AsyncChannel[Any], AsyncChannel[Any]]: ...
+async def apair(
+    url: str | Url,
+    *,
+    codec: str | Codec[Any] | None = None,
+    type: Any = None,
+    require: Collection[str] = (),
+) -> tuple[AsyncChannel[Any], AsyncChannel[Any]]:
     """`pair`, awaited."""
     opening = _Opening(url, codec, type, require, "pair")
     left, right = opening.pair()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import pickle
+import re
 import threading
 import time
-from typing import Any
+from typing import Any, get_overloads
 
 import pytest
 
@@ -364,3 +366,14 @@ def test_loan_and_borrow_where_there_are_none() -> None:
             channel.loan(5)
         with pytest.raises(errors.Unsupported):
             channel.borrow()
+
+
+@pytest.mark.parametrize("name", ["listen", "connect", "pair"])
+def test_the_async_names_have_the_types_of_the_others(name: str) -> None:
+    """Without a codec bytes, with `type=` that type: a type checker asks for an annotation otherwise."""
+    sync, awaited = get_overloads(getattr(ipckit, name)), get_overloads(getattr(ipckit.aio, name))
+    assert len(sync) == len(awaited) == 3
+    for one, other in zip(sync, awaited, strict=True):
+        assert inspect.signature(one).parameters == inspect.signature(other).parameters
+        returns = re.sub(r"(Channel|Listener)", r"Async\1", one.__annotations__["return"])
+        assert other.__annotations__["return"] == returns

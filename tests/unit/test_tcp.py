@@ -119,6 +119,20 @@ def test_bad_urls(url):
         ipckit.connect(url, timeout=1)
 
 
+@pytest.mark.parametrize("option", ["keepalive=999ms", "keepalive=19h", "keepalive=15d", "limit=4GiB", "limit=-1"])
+def test_what_the_kernel_or_a_prefix_cannot_count_is_refused_at_once(option):
+    with pytest.raises(errors.BadOption, match=option.partition("=")[0]):
+        ipckit.listen(f"tcp://127.0.0.1:0?{option}")
+
+
+@pytest.mark.parametrize("keepalive", ["0", "1s", "18h"])
+def test_what_can_be_counted_is_taken(keepalive):
+    with ipckit.listen(f"tcp://127.0.0.1:0?keepalive={keepalive}") as listener:
+        with ipckit.connect(str(listener.url), timeout=5) as client, listener.accept(5) as server:
+            client.send(b"x")
+            assert server.recv(5) == b"x"
+
+
 def test_the_first_host_that_answers():
     with ipckit.listen("tcp://127.0.0.1:0") as listener:
         url = f"tcp://127.0.0.1:{free_port()},127.0.0.1:{listener.url.host.port}"
