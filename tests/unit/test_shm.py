@@ -102,6 +102,14 @@ def test_the_listener_decides_the_size():
             ipckit.listen(f"shm://rings?size={wrong}")
 
 
+def test_a_loan_is_no_larger_than_the_ring():
+    with connected(listener_options="?size=64KiB") as (client, _):
+        with pytest.raises(errors.MessageTooLarge, match="size= at the listener"):
+            client.loan(1 << 17)
+        with client.loan(1000):
+            pass
+
+
 def test_a_pair(no_descriptor_left):
     left, right = ipckit.pair("shm://here?size=64KiB&spin=0")
     with left, right:

@@ -127,10 +127,13 @@ def test_what_the_kernel_or_a_prefix_cannot_count_is_refused_at_once(option):
 
 @pytest.mark.parametrize("keepalive", ["0", "1s", "18h"])
 def test_what_can_be_counted_is_taken(keepalive):
-    with ipckit.listen(f"tcp://127.0.0.1:0?keepalive={keepalive}") as listener:
-        with ipckit.connect(str(listener.url), timeout=5) as client, listener.accept(5) as server:
-            client.send(b"x")
-            assert server.recv(5) == b"x"
+    with (
+        ipckit.listen(f"tcp://127.0.0.1:0?keepalive={keepalive}") as listener,
+        ipckit.connect(str(listener.url), timeout=5) as client,
+        listener.accept(5) as server,
+    ):
+        client.send(b"x")
+        assert server.recv(5) == b"x"
 
 
 def test_the_first_host_that_answers():

@@ -52,8 +52,11 @@ def make_fail(url: Url, ended: Ended) -> Fail:
                 return gone(operation, "inside a message" if detail else None)
             case _native.TOO_LARGE:
                 size, limit = detail
+                hint = "limit= raises it"
+                if operation == "loan":  # one record: the ring, or limit= if that is less
+                    hint += ", and size= at the listener; send() takes what is larger than the ring"
                 return errors.MessageTooLarge(
-                    f"{size} bytes, and {limit} is the limit", url=url, operation=operation, hint="limit= raises it"
+                    f"{size} bytes, and {limit} is the limit", url=url, operation=operation, hint=hint
                 )
             case _native.PROTOCOL:
                 return errors.ProtocolError(str(detail), url=url, operation=operation)
