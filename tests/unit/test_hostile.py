@@ -204,7 +204,7 @@ def victim_of(tmp_path, monkeypatch, authority):
 
 
 def stream(victim: Victim, directory: Path) -> socket.socket:
-    suffix = {"unix": ".sock", "zmq+ipc": ".zmq", "grpc+unix": ".sock", "shm": ".shm"}.get(victim.url.scheme)
+    suffix = {"unix": ".sock", "zmq+ipc": ".zmq", "grpc+unix": ".grpc", "shm": ".shm"}.get(victim.url.scheme)
     if suffix is None:
         return socket.create_connection((victim.url.host.name, victim.url.host.port), 20)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET if suffix == ".shm" else socket.SOCK_STREAM)
@@ -571,7 +571,7 @@ def impostor_for(scheme: str, directory: Path) -> tuple[Impostor, str]:
         return FalseFifo(directory / "v.fifo"), "fifo://v"
     if scheme == "mq":
         return FalseMailbox(ipckit._url.parse("mq://v")), "mq://v"
-    suffix = {"unix": ".sock", "zmq+ipc": ".zmq", "grpc+unix": ".sock", "shm": ".shm"}.get(scheme)
+    suffix = {"unix": ".sock", "zmq+ipc": ".zmq", "grpc+unix": ".grpc", "shm": ".shm"}.get(scheme)
     if suffix is None:
         sock = socket.create_server(("127.0.0.1", 0))
         return FalseServer(sock), f"{scheme}://127.0.0.1:{sock.getsockname()[1]}"
