@@ -28,8 +28,8 @@ _TIME |= {"m": 60 * 10**9, "min": 60 * 10**9, "h": 3600 * 10**9, "d": 86400 * 10
 _SIZE = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
-# What those who are given it can count: milliseconds in a C int, bytes in 64 bits.
-LONGEST = 14 * 86400
+# What those who are given it can count: nanoseconds and bytes in 64 bits.
+LONGEST = 10_000 * 86400
 LARGEST = 2**63 - 1
 
 #: Messages above this are refused unless `limit=` says otherwise; checked before anything is allocated.
@@ -47,7 +47,7 @@ def duration(text: str) -> float:
     if match and (match[2] in _TIME or (float(match[1]) == 0 and not match[2])):
         seconds = float(match[1]) * _TIME.get(match[2], 0) / 10**9
         if seconds > LONGEST:
-            raise ValueError("at most 14d")
+            raise ValueError("at most 10000d")
         return seconds
     raise ValueError("a duration with its unit, for example 20us, 5ms, 1.5s")
 

@@ -102,6 +102,8 @@ def test_bad_urls(bad):
 def test_options_that_a_scheme_cannot_honour_are_refused():
     with pytest.raises(errors.BadOption, match="keepalive"):
         ipckit.listen("zmq+ipc://x?keepalive=1s")
+    with pytest.raises(errors.BadOption, match="24d"):
+        ipckit.listen("zmq+tcp://127.0.0.1:0?linger=30d")
     with pytest.raises(errors.BadOption, match="rcvhwm"):
         ipckit.listen("zmq+ipc://x?rcvhwm=0")
 

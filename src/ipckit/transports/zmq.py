@@ -45,6 +45,13 @@ _GRACE = 0.05
 _ATTEMPT = 5.0  # seconds for one address, before the next one gets its turn
 
 
+def _linger(text: str) -> float:
+    seconds = duration(text)
+    if seconds > 24 * 86400:  # libzmq counts milliseconds in an int
+        raise ValueError("at most 24d")
+    return seconds
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(LinkOptions):
     rcvhwm: int = option(1000, integer(1, 1 << 20), "messages that the peer may send before we receive them")
@@ -52,7 +59,7 @@ class Options(LinkOptions):
     window: int = option(
         64 << 20, size, "bytes that the peer may send before we receive them; one message more is taken"
     )
-    linger: float = option(5.0, duration, "how long after close() and at exit what was sent may still go out")
+    linger: float = option(5.0, _linger, "how long after close() and at exit what was sent may still go out")
     keepalive: float = _inet.keepalive_option()
 
 
