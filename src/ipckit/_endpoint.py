@@ -7,9 +7,10 @@ underneath; patterns add their verbs.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
@@ -69,7 +70,9 @@ class Endpoint:
     def _close(self) -> None:
         self._gate.close()
 
-    def __del__(self) -> None:
+    def __del__(self, _finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _finalizing():  # threads stand still now, perhaps with a lock of ours; the kernel closes everything
+            return
         gate = getattr(self, "_gate", None)
         if gate is not None and not gate.closed and not gate.foreign:
             try:

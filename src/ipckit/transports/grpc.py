@@ -1,0 +1,501 @@
+"""grpc://, grpcs://, grpc+unix:// — gRPC, by grpcio and its asyncio side.
+
+    grpc://127.0.0.1:50051       0 listens on a port that the system chooses: see `listener.url`
+    grpcs://calc.example:50051   TLS. Listening needs cert= and key=, and asks for a client's certificate with client_ca=;
+                                 connecting trusts ca= (else the system's), and checks the host's name (or server_name=)
+    grpc+unix://name             a Unix socket of mode 0600 in the runtime directory; grpc+unix:///path is that path
+
+A channel is one call of `/ipckit.v1.Channel/Open`, a stream of `google.protobuf.BytesValue` in both directions, on a
+connection of its own. The messages could have been bare bytes; but a stock client in any language generates its code
+from a .proto, and this one it can have in three lines, for two bytes a message:
+
+    service Channel { rpc Open(stream google.protobuf.BytesValue) returns (stream google.protobuf.BytesValue); }
+
+Promises: whole frames in order; the client's half-close and the server's OK are the goodbyes, anything else is a death,
+reported at once; `close()` is immediate, and what was sent before goes out for `linger` more. Limits: gRPC's core drops
+what it has received and nobody has read when a connection breaks; `buffer` bytes are read ahead for that reason. After a
+fork a child cannot use gRPC if its parent did, and is told so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .. import errors
+from .._capabilities import Capabilities
+from .._options import LinkOptions, duration, option, size, text
+from .._spi import Link, Listener, Peer, Steps, Transport, Wait, Want
+from .._url import Url
+from . import _unixsock
+from ._oserror import map_oserror
+from ._runtime import path_for
+
+if TYPE_CHECKING:
+    from ._bridge import Home
+    from ._grpc_link import GrpcLink
+    from ._unixsock import Name
+
+METHOD = "/ipckit.v1.Channel/Open"
+#: In the metadata of both sides: the largest frame that is taken.
+LIMIT = "ipckit-limit"
+#: How long a connection that is made waits for an answer: a listener that nobody accepts at is a listener all the same.
+_GRACE = 0.05
+_CUT = 0.02
+_FOR_EVER = 365 * 86400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(LinkOptions):
+    buffer: int = option(1 << 20, size, "bytes read ahead, and bytes accepted to be sent, on top of gRPC's own windows")
+    linger: float = option(5.0, duration, "how long after close() and at exit what was sent may still go out")
+    keepalive: float = option(120.0, duration, "a peer whose machine is silent for twice as long is dead; 0: for ever")
+    ca: str | None = option(None, text, "connect: file of the authorities to trust, instead of the system's")
+    cert: str | None = option(None, text, "file with our certificate (and its chain); listening needs one")
+    key: str | None = option(None, text, "file with its private key, if it is not in cert")
+    client_ca: str | None = option(None, text, "listen: file of authorities; clients must have a certificate of theirs")
+    server_name: str | None = option(
+        None, text, "connect: the name that the certificate must be for, if not the host's"
+    )
+
+
+class Grpc(Transport[Options]):
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        patterns=frozenset({"channel"}),
+        handed_over=False,
+        cross_machine=True,
+        model="streams of messages over HTTP/2, opened like a procedure call",
+        data="messages of bytes, in protobuf",
+        use_case="services in many languages, through proxies and load balancers",
+    )
+    options: ClassVar[type[Any]] = Options
+    requires = ("grpc",)
+    extra = "grpc"
+
+    def capabilities_of(self, url: Url) -> Capabilities:
+        if url.scheme == "grpcs":
+            return replace(self.capabilities, encrypted=True)
+        if url.scheme == "grpc+unix":
+            return replace(self.capabilities, cross_machine=False, use_case="programs of one machine that speak gRPC")
+        return self.capabilities
+
+    def listen(self, url: Url, options: Options) -> Steps[Listener]:
+        _check(url)
+        from ._grpc_home import grpc_home, leave
+
+        credentials = _server_credentials(url, options)
+        home = yield from grpc_home(url, "listen")
+        listener = GrpcListener(url, options, home)
+        try:
+            yield from home.steps(lambda: listener.start(credentials))
+        except BaseException:
+            listener.drop()
+            home.do(lambda: leave(home))
+            raise
+        return listener
+
+    def connect(self, url: Url, options: Options) -> Steps[Link]:
+        _check(url)
+        from ._grpc_home import grpc_home, leave
+
+        credentials = _client_credentials(url, options)
+        home = yield from grpc_home(url, "connect")
+        dialling = _Dialling(url, options, home, credentials)
+        try:
+            return (yield from home.steps(dialling.dial))
+        except BaseException as error:
+            home.do(lambda: leave(home))
+            if isinstance(error, errors.Timeout):
+                raise errors.NothingListening(dialling.why, url=url, operation="connect") from error
+            raise
+
+
+# -- addresses and credentials ----------------------------------------------------------------------------------------
+
+
+def _check(url: Url) -> None:
+    if url.scheme == "grpc+unix":
+        path_for(url, ".grpc")
+    elif len(url.hosts) != 1 or url.host.port is None or url.path not in ("", "/"):
+        raise errors.BadUrl(
+            "it takes one host and its port, and no path", url=url, hint=f"for example {url.scheme}://127.0.0.1:50051"
+        )
+    if url.scheme != "grpcs":
+        for name, _ in url.options:
+            if name in ("ca", "cert", "key", "client_ca", "server_name"):
+                raise errors.BadOption(f"{name}= is for grpcs://", url=url)
+
+
+def _file(url: Url, option: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise errors.BadOption(f"{option}= cannot be read: {error.strerror}", url=url) from error
+
+
+def _server_credentials(url: Url, options: Options) -> Any:
+    if url.scheme != "grpcs":
+        return None
+    import grpc
+
+    if options.cert is None:
+        raise errors.BadOption("listening needs a certificate", url=url, hint="cert=server.pem&key=server.key")
+    pair = (_file(url, "key", options.key or options.cert), _file(url, "cert", options.cert))
+    clients = _file(url, "client_ca", options.client_ca) if options.client_ca else None
+    return grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)
+
+
+def _client_credentials(url: Url, options: Options) -> Any:
+    if url.scheme != "grpcs":
+        return None
+    import grpc
+
+    authorities = options.ca or ssl.get_default_verify_paths().cafile
+    trusted = _file(url, "ca", authorities) if authorities else None
+    if options.cert is None:
+        return grpc.ssl_channel_credentials(trusted)
+    key = _file(url, "key", options.key or options.cert)
+    return grpc.ssl_channel_credentials(trusted, key, _file(url, "cert", options.cert))
+
+
+def _tuning(options: Options) -> list[tuple[str, Any]]:
+    """What both sides ask of gRPC's core."""
+    from ._grpc_link import OVERHEAD
+
+    tuning: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", min(options.limit + OVERHEAD, 2**31 - 1)),
+        ("grpc.max_send_message_length", -1),  # ours is asked first, and says more
+    ]
+    if options.keepalive > 0:  # a stopped process answers no pings: so these are for machines, and slow
+        period = max(int(options.keepalive * 1000), 1)
+        tuning += [("grpc.keepalive_time_ms", period), ("grpc.keepalive_timeout_ms", period)]
+        tuning += [("grpc.http2.max_pings_without_data", 0)]
+        tuning += [("grpc.http2.min_recv_ping_interval_without_data_ms", 1000)]
+    return tuning
+
+
+# -- connecting -------------------------------------------------------------------------------------------------------
+
+
+class _Dialling:
+    """Reaching a listener, over and over until there is one."""
+
+    def __init__(self, url: Url, options: Options, home: Home, credentials: Any) -> None:
+        self.why = "nobody listens there"
+        self._url, self._options, self._home, self._credentials = url, options, home, credentials
+
+    async def dial(self) -> GrpcLink:
+        pause = 0.001
+        while True:
+            with _target(self._url) as target:
+                link = None if target is None else await self._attempt(target)
+            if link is not None:
+                return link
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.05)
+
+    async def _attempt(self, target: str) -> GrpcLink | None:
+        import grpc.aio
+
+        from ._grpc_home import background
+        from ._grpc_link import GrpcLink, map_grpc
+
+        tuning = [*_tuning(self._options), ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(target, tuning)
+        else:
+            if self._options.server_name is not None:
+                tuning.append(("grpc.ssl_target_name_override", self._options.server_name))
+            channel = grpc.aio.secure_channel(target, self._credentials, tuning)
+        made = False
+        try:
+            metadata = grpc.aio.Metadata((LIMIT, str(self._options.limit)))
+            call: Any = channel.stream_stream(METHOD)(metadata=metadata)
+            await call.wait_for_connection()
+            answer: Any = ()
+            with contextlib.suppress(asyncio.TimeoutError):
+                answer = await asyncio.wait_for(call.initial_metadata(), _GRACE)
+            if call.done():
+                await call.read()  # raises what it ended with
+                return None
+            link = GrpcLink(self._home, self._url, self._options, Peer(address=_address(self._url)), channel)
+            link.peer_takes(answer)
+            background(self._carry(link, channel, call))
+            made = True
+            return link
+        except grpc.aio.AioRpcError as error:
+            details = error.details() or ""
+            if "CERTIFICATE_VERIFY_FAILED" in details or "peer name" in details.lower():
+                raise errors.AccessDenied(
+                    "the peer's certificate does not verify", url=self._url, operation="connect", hint="see ca="
+                ) from error
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                self.why = f"somebody else answers there: {map_grpc(error, None, '').message}"
+            elif "handshake" in details.lower():
+                self.why = "somebody accepts connections there, but the handshake fails"
+            return None
+        finally:
+            if not made:
+                await channel.close()
+
+    async def _carry(self, link: GrpcLink, channel: Any, call: Any) -> None:
+        from ._grpc_home import leave
+
+        try:
+            await link.carry(call.read, call.write, call.done_writing)
+        finally:
+            try:
+                await channel.close()
+                await link.settle()
+            finally:
+                leave(self._home)
+
+
+def _address(url: Url) -> str | None:
+    return str(url.host) if url.hosts and url.host.port is not None else None
+
+
+@contextlib.contextmanager
+def _target(url: Url) -> Iterator[str | None]:
+    """In gRPC's words; None: it cannot be there. Valid inside the block, for a long path is abbreviated there."""
+    if url.scheme != "grpc+unix":
+        yield f"dns:///{url.host}"
+        return
+    path = path_for(url, ".grpc")
+    if not path.exists():
+        yield None
+        return
+    with _unixsock._address(url, path) as short:
+        yield f"unix:{short}"
+
+
+# -- listening --------------------------------------------------------------------------------------------------------
+
+
+class GrpcListener:
+    """A gRPC server with one method, and the streams that nobody has accepted yet."""
+
+    def __init__(self, url: Url, options: Options, home: Home) -> None:
+        from ._bridge import Bell
+
+        self.url = url
+        self._options, self._home = options, home
+        self._arrivals: deque[GrpcLink] = deque()
+        self._bell = Bell(home)
+        self._settling: deque[GrpcLink] = deque(maxlen=64)  # the latest
+        self._closed = False
+        self._name: Name | None = None
+        self._server: Any = None
+        self._closing: asyncio.Future[None] | None = None
+
+    @property
+    def native(self) -> Any:
+        """The grpc.aio.Server, for more services on the same port."""
+        return self._server
+
+    async def start(self, credentials: Any) -> None:
+        import grpc.aio
+
+        from ._grpc_home import background
+
+        if self.url.hosts and self.url.scheme != "grpc+unix":
+            await self._find_free()
+        tuning = [*_tuning(self._options), ("grpc.so_reuseport", 0)]
+        server = self._server = grpc.aio.server(options=tuning)
+        server.add_generic_rpc_handlers((_handler(self._stream),))
+        try:
+            if self.url.scheme == "grpc+unix":
+                self._name = _bind_unix(server, self.url)
+            else:
+                place = str(self.url.host)
+                port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
+                self.url = self.url.with_port(port)
+            await server.start()
+            background(self._serve())
+        except BaseException as error:
+            if self._name is not None:
+                self._name.release()
+            await server.start()  # one that was never started cannot be stopped
+            await server.stop(None)
+            if isinstance(error, RuntimeError):
+                raise errors.AddressInUse("gRPC cannot bind there", url=self.url, operation="listen") from error
+            raise
+
+    async def _find_free(self) -> None:
+        """Bind there ourselves first. gRPC would only say that it could not, and would litter stderr."""
+        until = time.monotonic() + 0.5
+        while True:
+            why = _why_not(self.url)
+            if why is None:
+                return
+            # gRPC closes a port in threads of its own: one that we gave up just now may be taken for a moment.
+            if (
+                not isinstance(why, errors.AddressInUse)
+                or str(self.url.host) not in _given_up
+                or time.monotonic() > until
+            ):
+                raise why
+            await asyncio.sleep(0.01)
+
+    async def _stream(self, requests: object, context: Any) -> None:
+        """One peer, as gRPC's handler: returning is the goodbye."""
+        import grpc
+
+        from ._grpc_link import GrpcLink
+
+        if self._closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "nobody listens here any more")
+        link = GrpcLink(self._home, self.url, self._options, _peer(context.peer()), context)
+        link.peer_takes(context.invocation_metadata() or ())
+        await context.send_initial_metadata(((LIMIT, str(self._options.limit)),))
+        self._arrivals.append(link)
+        self._bell.ring()
+        self._settling.append(link)
+        fault = await link.carry(partial(_read, context), context.write, None)
+        if fault is not None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, fault)
+        if link.dead:
+            raise asyncio.CancelledError
+
+    def drop(self) -> None:
+        """It never listened."""
+        self._closed = True
+        self._bell.close()
+
+    def try_accept(self) -> Link | None:
+        if self._closed:
+            raise errors.Closed("this listener is closed", url=self.url, operation="accept")
+        if not self._arrivals:
+            self._home.turn()
+        return self._arrivals.popleft() if self._arrivals else None
+
+    def arm(self, want: Want) -> Wait:
+        return self._bell.arm()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._bell.close()
+        if self._name is not None:
+            self._name.release()
+        elif self.url.hosts:
+            _given_up.add(str(self.url.host))
+        self._home.do(self._stop)
+
+    def _stop(self) -> None:
+        for link in self._arrivals:
+            link.close()
+        if self._closing is not None and not self._closing.done():
+            self._closing.set_result(None)
+
+    async def _serve(self) -> None:
+        """Until we are closed, or the loop ends under us: then nobody could stop the server any more."""
+        from ._grpc_home import leave
+
+        self._closing = asyncio.get_running_loop().create_future()
+        try:
+            await self._closing
+            # No new streams from now on; those that there are live on.
+            await asyncio.shield(asyncio.ensure_future(self._server.stop(_FOR_EVER)))
+        except asyncio.CancelledError:
+            await self._server.stop(self._options.linger if self._closed else None)
+        finally:
+            for link in self._settling:
+                await link.settle()
+            _given_up.discard(str(self.url.host) if self.url.hosts else "")
+            leave(self._home)
+
+    def abandon(self) -> None:
+        from ._grpc_home import forget_sockets
+
+        self._closed = True
+        forget_sockets(self.url)
+
+
+async def _read(context: Any) -> Any:
+    """A server hears the end of a killed client like that of a client which closes, and only then that the call is cut."""
+    import grpc.aio
+
+    message = await context.read()
+    if message is grpc.aio.EOF:
+        await asyncio.sleep(_CUT)
+    return message
+
+
+#: Ports that were ours a moment ago.
+_given_up: set[str] = set()
+
+
+def _handler(stream: Any) -> Any:
+    import grpc
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            return grpc.stream_stream_rpc_method_handler(stream) if details.method == METHOD else None
+
+    return Handler()
+
+
+def _bind_unix(server: Any, url: Url) -> Name:
+    """Take the name; then bind beside it and move the socket there.
+
+    gRPC unlinks what stands at the path when it binds, alive or not, and once more when it stops, whoever has it by then; and
+    makes the file with whatever mode the umask leaves. At a name that nobody knows it may.
+    """
+    path = path_for(url, ".grpc")
+    name = _unixsock.take(url, path)
+    try:
+        _unixsock._clear(url, path, socket.SOCK_STREAM)
+        for left in path.parent.glob(f"{path.name}.*.new"):  # by one who was killed in the midst of this
+            left.unlink(missing_ok=True)
+        beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+        with _unixsock._address(url, beside) as short:
+            server.add_insecure_port(f"unix:{short}")
+        os.chmod(beside, 0o600)
+        os.rename(beside, path)
+        name.bound()
+    except BaseException as error:
+        name.release()
+        if isinstance(error, RuntimeError):
+            raise errors.BadUrl("gRPC cannot bind there", url=url, operation="listen") from error
+        if isinstance(error, OSError) and not isinstance(error, errors.IpcError):
+            raise map_oserror(error, url, "listen") from error
+        raise
+    return name
+
+
+def _why_not(url: Url) -> errors.IpcError | None:
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(url.host.name, url.host.port, 0, socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, number) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(1)
+    except socket.gaierror as error:
+        return errors.BadUrl(f"the host is not known: {error.strerror}", url=url, operation="listen")
+    except OSError as error:
+        why = map_oserror(error, url, "listen")
+        why.__cause__ = error
+        return why
+    return None
+
+
+def _peer(said: str) -> Peer:
+    """From gRPC's `ipv4:127.0.0.1:5000`, `ipv6:%5B::1%5D:5000`, `unix:`."""
+    kind, _, address = said.partition(":")
+    return Peer(address=address.replace("%5B", "[").replace("%5D", "]") if kind in ("ipv4", "ipv6") else None)
+
+
+TRANSPORT = Grpc()
