@@ -1,45 +1,43 @@
-"""Where grpc.aio runs when the caller has no event loop: one loop for the whole process, turned by whoever waits.
+"""Where grpc.aio runs: one thread with one event loop for all gRPC endpoints of the process, sync and async alike.
 
-grpc.aio has one queue of events for all loops of a process, so a loop for each channel would only wake them all for every event;
-synchronous gRPC endpoints share this one. And its core forgets what it received when the connection breaks and nobody
-has asked for it yet. So while no caller is inside, a *watcher* thread turns the loop, two milliseconds after something
-happened: what a killed peer had sent is safe by then, and a caller who comes back sooner finds the loop to himself.
+grpc.aio has one queue of events for a whole process and wakes every loop that uses it for every event, whoever it is for;
+with a loop for each caller, wake-ups get lost between them. (Tried: the caller's own loop, and a loop that waiting callers turn,
+as NATS has it. Both lost events under load.) So there is one loop, and it always runs: what a killed peer had sent is read
+at once. Callers on any thread meet it at deques and eventfds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import os
 import select
 import socket
+import stat
 import threading
-import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from .. import errors
-from .._spi import Steps
+from .._spi import Steps, Wait
 from .._url import Url
-from ._bridge import Driven, Home, _care, find_home, forget
-from ._runtime import path_for
+
+T = TypeVar("T")
 
 # gRPC's fork handlers make the child of a process that has gRPC servers crash, one time in five; without them it is only left
 # without gRPC. They are read about when grpc is imported. Who sets the variable, knows why.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-_PATIENCE = 2  # milliseconds
-_TICK = 500  # milliseconds
-_AT_EXIT = 60  # seconds at most, whatever `linger` says
+_AT_EXIT = 60.0  # seconds at most, whatever `linger` says
 
 _lock = threading.Lock()
-_shared: Shared | None = None
-_used = False  # gRPC has started its threads in this process
-_lost = False  # ... before a fork: they are not here
+_home: IoThread | None = None
+_lost = False  # it was there before a fork: its thread, and gRPC's own, are not here
 
-
-#: Links that are closed and still have something to say.
+#: Links that are closed and still have something to say. Touched on the loop only, but for the fork.
 leaving: set[object] = set()
 _tasks: set[asyncio.Task[None]] = set()
 
@@ -51,9 +49,59 @@ def background(coroutine: Coroutine[Any, Any, None]) -> None:
     task.add_done_callback(_tasks.discard)
 
 
-def grpc_home(url: object, operation: str) -> Steps[Home]:
-    """The home for an endpoint; `leave` it in the end."""
-    global _used
+class IoThread:
+    """The thread and its loop. They stay for as long as the process, as gRPC's own threads do."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(_complain)
+        self._thread = threading.Thread(target=self._run, name="ipckit-grpc", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        import grpc.aio
+
+        asyncio.set_event_loop(self.loop)
+        # Once: to end it with the last endpoint, and begin again with the next, is more than gRPC stands.
+        self.loop.call_soon(grpc.aio.init_grpc_aio)
+        self.loop.run_forever()
+
+    def stop(self) -> None:
+        """At exit: a thread that is inside gRPC while the interpreter is taken down would hang it."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(5)
+
+    def do(self, function: Callable[[], object]) -> None:
+        """Soon, on the loop."""
+        if threading.current_thread() is self._thread:
+            function()
+        else:
+            self.loop.call_soon_threadsafe(function)
+
+    def steps(self, function: Callable[[], Coroutine[Any, Any, T]]) -> Steps[T]:
+        """Run a coroutine there. Ending the steps early cancels it; a result that nobody takes any more is closed."""
+        done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        future = asyncio.run_coroutine_threadsafe(function(), self.loop)
+        taken = False
+        try:
+            future.add_done_callback(lambda _: os.eventfd_write(done, 1))
+            while not future.done():
+                yield Wait(((done, select.POLLIN),))
+            taken = True
+            return future.result()
+        finally:
+            if not taken:
+                future.cancel()
+                concurrent.futures.wait([future], 5)
+                with suppress(BaseException):
+                    close = getattr(future.result(0), "close", None)
+                    if close is not None:
+                        close()
+            os.close(done)
+
+
+def grpc_home(url: object, operation: str) -> IoThread:
+    global _home
     if _lost:
         raise errors.ForkedError(
             "gRPC was used before this process was forked, and its threads are not here",
@@ -61,121 +109,72 @@ def grpc_home(url: object, operation: str) -> Steps[Home]:
             operation=operation,
             hint="fork first, or start the process by multiprocessing's 'spawn' or 'forkserver'",
         )
-    home = yield from find_home(_enter)
-    if not _used:
-        _used = True
-        home.do(_begin)
-    return home
-
-
-def _begin() -> None:
-    """On the loop. Once: to end it with the last endpoint, and begin again with the next, is more than gRPC stands."""
-    import grpc.aio
-
-    grpc.aio.init_grpc_aio()
-
-
-def _enter() -> Home:
-    global _shared
     with _lock:
-        if _shared is None:
-            _shared = Shared()
-        _shared.users += 1
-        _shared.stir()
-        return _shared
+        if _home is None:
+            _home = IoThread()
+        return _home
 
 
-def leave(home: Home) -> None:
-    """On the loop, when everything that the endpoint had there is over."""
-    if isinstance(home, Shared):
-        with _lock:
-            home.users -= 1
+def park(url: Url, path: Path | None) -> None:
+    """In the child of a fork: let go of gRPC's connections at this address, or their peers would not hear of the parent's death.
 
-
-class Shared(Driven):
-    """The loop of all synchronous endpoints. It stays for as long as the process, as gRPC's own threads do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        _care.leave(self)
-        self.users = 0
-        self._nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.loop.set_exception_handler(_complain)
-        threading.Thread(target=self._watch, name="ipckit-grpc", daemon=True).start()
-
-    def _turn_here(self) -> None:
+    gRPC does not tell their descriptors, so they are known by their port or path. They become /dev/null, which keeps the
+    numbers from being given to somebody whose file gRPC would close one day.
+    """
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
         try:
-            super()._turn_here()
-        except BaseException:  # Ctrl-C costs the task that it hits, and so its link; others live here as well
-            self.broken = False
-            raise
+            if stat.S_ISSOCK(os.fstat(fd).st_mode) and _is_at(fd, url, path):
+                os.dup2(null, fd, inheritable=False)
+        except OSError:
+            continue
+    os.close(null)
 
-    def _watch(self) -> None:
-        happened, nudged = select.poll(), select.poll()
-        happened.register(self._epoll, select.POLLIN)
-        happened.register(self._nudge, select.POLLIN)
-        nudged.register(self._nudge, select.POLLIN)
-        while not self.loop.is_closed():
-            happened.poll(_TICK if self.users else None)  # the loop has timers, too
-            seen = self.turned
-            nudged.poll(_PATIENCE)
-            with suppress(BlockingIOError):
-                os.eventfd_read(self._nudge)
-            if self.turned == seen:
-                self.turn()
 
-    def stir(self) -> None:
-        os.eventfd_write(self._nudge, 1)
-
-    def doze(self) -> None:
-        """Until something happens, or a little."""
-        self._peek.poll(20)
-
-    def abandon(self) -> None:
-        pass  # `_forked` does it once for all
+def _is_at(fd: int, url: Url, path: Path | None) -> bool:
+    sock = socket.socket(fileno=fd)
+    try:
+        ends = [sock.getsockname()]
+        with suppress(OSError):
+            ends.append(sock.getpeername())
+    finally:
+        sock.detach()
+    if path is not None:
+        return any(isinstance(end, str) and os.path.basename(end).startswith(path.name) for end in ends)
+    return any(isinstance(end, tuple) and end[1] == url.host.port for end in ends)
 
 
 def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # Loops of one process share grpc.aio's wake-up socket: the first to look empties it, the others are surprised.
+    # A program that uses grpc.aio on its own loop shares grpc.aio's wake-up socket with ours: the first to look empties it.
     if not isinstance(context.get("exception"), BlockingIOError):
         loop.default_exception_handler(context)
 
 
-def forget_sockets(url: Url) -> None:
-    """In a forked child: let go of the connections of an endpoint. gRPC does not tell which they are; their addresses do."""
-    port = url.host.port if url.hosts else None
-    name = None if port else path_for(url, ".grpc").name
-    ours = []
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(number))) as sock:
-            ends = [sock.getsockname()]
-            with suppress(OSError):
-                ends.append(sock.getpeername())
-            for end in ends:
-                if isinstance(end, tuple) and len(end) > 1 and port is not None:
-                    found = end[1] == port
-                else:
-                    found = isinstance(end, str) and name is not None and os.path.basename(end).startswith(name)
-                if found:
-                    ours.append(int(number))
-    forget(ours)
-
-
 def _forked() -> None:
-    global _lock, _shared, _lost
-    home, _shared, _lock = _shared, None, threading.Lock()
+    global _lock, _home, _lost
+    home, _home, _lock = _home, None, threading.Lock()
     leaving.clear()
-    _lost = _lost or _used
+    _tasks.clear()
     if home is not None:
-        Driven.abandon(home)
+        _lost = True
 
 
 def _exit() -> None:
     """What is still being said is given its time; see `linger`."""
-    deadline = time.monotonic() + _AT_EXIT
-    while (home := _shared) is not None and leaving and time.monotonic() < deadline:
-        home.turn()
-        home.doze()
+    home = _home
+    if home is not None:
+        silent = threading.Event()
+
+        def look() -> None:
+            if leaving:
+                home.loop.call_later(0.005, look)
+            else:
+                silent.set()
+
+        home.loop.call_soon_threadsafe(look)
+        silent.wait(_AT_EXIT)
+        home.stop()
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -14,6 +14,7 @@ import asyncio
 import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import grpc
@@ -22,8 +23,8 @@ import grpc.aio
 from .. import errors
 from .._spi import Buffer, Peer, Wait, Want
 from .._url import Url
-from ._bridge import Bell, Home
-from ._grpc_home import forget_sockets, leaving
+from ._bell import Bell
+from ._grpc_home import IoThread, leaving, park
 
 if TYPE_CHECKING:
     from .grpc import Options
@@ -37,6 +38,8 @@ _TAG = 0x0A
 #: What a message needs besides its frame, on the wire.
 OVERHEAD = 16
 _EACH = 64  # what one costs besides its bytes, so that empty ones fill a buffer as well
+
+_DOUBT = 0.05  # seconds
 
 _Code = grpc.StatusCode
 _PROTOCOL = (_Code.RESOURCE_EXHAUSTED, _Code.INVALID_ARGUMENT, _Code.OUT_OF_RANGE, _Code.UNIMPLEMENTED)
@@ -61,13 +64,14 @@ def unwrap(message: bytes) -> bytes:
         return b""
     if message[0] != _TAG:
         raise ValueError("no BytesValue")
-    size, at = 0, 1
-    for byte in message[1:6]:
-        size |= (byte & 0x7F) << 7 * (at - 1)
-        at += 1
-        if byte < 0x80:
+    size, at, byte = 0, 1, 0x80
+    for shift in range(0, 35, 7):
+        if at >= len(message) or byte < 0x80:
             break
-    if message[at - 1] > 0x7F or at == 1 or len(message) - at != size:
+        byte = message[at]
+        at += 1
+        size |= (byte & 0x7F) << shift
+    if byte >= 0x80 or len(message) - at != size:
         raise ValueError("a BytesValue of another length than it says")
     return message[at:]
 
@@ -102,7 +106,6 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._coroutine = coroutine
         self._parked = False
-        self.wanted: asyncio.Future[Any] | None = None  # what it waits for
         self.done: asyncio.Future[None] = self._loop.create_future()
         self._step()
 
@@ -135,7 +138,6 @@ class Runner:
             elif wanted is None:
                 self._loop.call_soon(self._step)
             else:
-                self.wanted = wanted
                 wanted._asyncio_future_blocking = False
                 wanted.add_done_callback(self._step)
 
@@ -143,21 +145,23 @@ class Runner:
 class GrpcLink:
     """`Link`."""
 
-    def __init__(self, home: Home, url: Url, options: Options, peer: Peer, native: Any) -> None:
+    def __init__(self, home: IoThread, url: Url, path: Path | None, options: Options, peer: Peer, native: Any) -> None:
         self.peer = peer
         self.native = native
         self.limit = options.limit  # of what we send: ours, and the peer's once it is known
         self.closed = False
-        self._home, self._url = home, url
+        self.dead = False  # the peer has gone without a goodbye, so there is nobody to say one to
+        self._home, self._url, self._path = home, url, path
         self._buffer, self._takes, self._linger = options.buffer, options.limit, options.linger
         self._inbox = deque[bytes]()
         self._outbox = deque[bytes]()
         # Bytes, each counted by one side only: put into the outbox, taken from it, come into the inbox, received.
         self._put = self._written = self._come = self._received = 0
         self._end: errors.IpcError | None = None  # what comes after the inbox
-        self._data, self._room = Bell(home), Bell(home)
+        self._data, self._room = Bell(), Bell()
         self._reader: Runner | None = None
         self._writer: Runner | None = None
+        self._pushed = False  # the writer will look
         self._full = False  # the reader waits for space
 
     # on any thread
@@ -172,21 +176,19 @@ class GrpcLink:
                 operation="send",
                 hint="raise limit= at both ends",
             )
-        if self._outbox:
-            self._home.turn()
-            if self._outbox and self._put - self._written + size > self._buffer:
-                return False
+        if self._outbox and self._put - self._written + size > self._buffer:
+            return False
         if self._end is not None:
             self._raise("send")
         message = wrap(frame)
         self._put += len(message) + _EACH
         self._outbox.append(message)
-        self._home.do(self._push)
+        if not self._pushed:  # one call for all that come before it is made
+            self._pushed = True
+            self._home.do(self._push)
         return True
 
     def try_flush(self) -> bool:
-        if self._outbox:
-            self._home.turn()
         if not self._outbox:
             return True
         self._check("send")
@@ -197,9 +199,9 @@ class GrpcLink:
     def try_recv(self) -> bytes | None:
         if not self._inbox:
             self._check("recv")
-            self._home.turn()
+            over = self._end is not None  # asked first: where it is set, all the frames that will ever come are there
             if not self._inbox:
-                if self._end is not None and not self._inbox:
+                if over:
                     self._raise("recv")
                 return None
         elif self.closed:
@@ -212,24 +214,24 @@ class GrpcLink:
 
     def arm(self, want: Want) -> Wait:
         bells = [self._data] * bool(want & Want.RECV) + [self._room] * bool(want & Want.SEND)
-        waits = [bell.arm() for bell in bells]
-        return waits[0] if len(waits) == 1 else Wait(tuple({fd for wait in waits for fd in wait.fds}), waits[0].at_most)
+        return Wait(tuple(bell.announce() for bell in bells))
 
     def close(self) -> None:
         if self.closed:
             return
         self.closed = True
-        if self._end is None:
-            leaving.add(self)
         self._home.do(self._let_go)
-        self._data.close()
-        self._room.close()
 
     def _let_go(self) -> None:
+        if self._end is None:
+            leaving.add(self)
+        self._data.close()  # here, where they are rung
+        self._room.close()
         self._push()
         self._pull()
 
     def _push(self) -> None:
+        self._pushed = False
         if self._writer is not None:
             self._writer.wake()
 
@@ -238,16 +240,11 @@ class GrpcLink:
             self._reader.wake()
 
     def abandon(self) -> None:
-        forget_sockets(self._url)
+        park(self._url, self._path)
 
     def _check(self, operation: str) -> None:
         if self.closed:
             raise errors.Closed("this endpoint is closed", url=self._url, operation=operation)
-
-    @property
-    def dead(self) -> bool:
-        """The peer has gone without a goodbye, so there is nobody to say one to."""
-        return isinstance(self._end, errors.PeerDied)
 
     def _raise(self, operation: str) -> NoReturn:
         end = self._end
@@ -301,6 +298,9 @@ class GrpcLink:
         try:
             try:
                 await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+                if half_close is None and reader.done() and not self.closed:
+                    # A client that was killed ends its messages as one that closes does, and a moment later we are cancelled.
+                    await asyncio.sleep(_DOUBT)
             except asyncio.CancelledError:
                 if not self.closed:  # the peer is gone (a server's handler), or the loop ends under us
                     raise
@@ -319,19 +319,8 @@ class GrpcLink:
             for end in (reader, writer):
                 if not end.cancelled():
                     end.exception()  # it was looked at
-            if not self.closed:
-                self._over(errors.PeerDied("the stream was cut", url=self._url))
+            self._over(errors.PeerDied("the stream was cut", url=self._url))
             leaving.discard(self)
-
-    async def settle(self) -> None:
-        """After the call has ended: what gRPC still has to tell us about it must come while there is a loop to tell it to.
-
-        An answer for a loop that is closed stops the answers for all other loops of the process.
-        """
-        runners = (self._reader, self._writer)
-        pending = [each.wanted for each in runners if each is not None and each.wanted and not each.wanted.done()]
-        if pending:
-            await asyncio.wait(pending, timeout=1)
 
     def _judge(self, end: asyncio.Future[None]) -> str | None:
         if not end.done() or end.cancelled():
@@ -345,6 +334,7 @@ class GrpcLink:
             return str(error)
         else:
             self._over(map_grpc(error, self._url, "recv"), error)
+            self.dead = isinstance(self._end, errors.PeerDied)
         return None
 
     def _over(self, error: errors.IpcError, cause: BaseException | None = None) -> None:

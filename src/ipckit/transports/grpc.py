@@ -29,7 +29,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,7 +42,7 @@ from ._oserror import map_oserror
 from ._runtime import path_for
 
 if TYPE_CHECKING:
-    from ._bridge import Home
+    from ._grpc_home import IoThread
     from ._grpc_link import GrpcLink
     from ._unixsock import Name
 
@@ -52,7 +51,6 @@ METHOD = "/ipckit.v1.Channel/Open"
 LIMIT = "ipckit-limit"
 #: How long a connection that is made waits for an answer: a listener that nobody accepts at is a listener all the same.
 _GRACE = 0.05
-_CUT = 0.02
 _FOR_EVER = 365 * 86400.0
 
 
@@ -92,33 +90,29 @@ class Grpc(Transport[Options]):
 
     def listen(self, url: Url, options: Options) -> Steps[Listener]:
         _check(url)
-        from ._grpc_home import grpc_home, leave
+        from ._grpc_home import grpc_home
 
         credentials = _server_credentials(url, options)
-        home = yield from grpc_home(url, "listen")
+        home = grpc_home(url, "listen")
         listener = GrpcListener(url, options, home)
         try:
             yield from home.steps(lambda: listener.start(credentials))
         except BaseException:
             listener.drop()
-            home.do(lambda: leave(home))
             raise
         return listener
 
     def connect(self, url: Url, options: Options) -> Steps[Link]:
         _check(url)
-        from ._grpc_home import grpc_home, leave
+        from ._grpc_home import grpc_home
 
         credentials = _client_credentials(url, options)
-        home = yield from grpc_home(url, "connect")
+        home = grpc_home(url, "connect")
         dialling = _Dialling(url, options, home, credentials)
         try:
             return (yield from home.steps(dialling.dial))
-        except BaseException as error:
-            home.do(lambda: leave(home))
-            if isinstance(error, errors.Timeout):
-                raise errors.NothingListening(dialling.why, url=url, operation="connect") from error
-            raise
+        except errors.Timeout as error:
+            raise errors.NothingListening(dialling.why, url=url, operation="connect") from error
 
 
 # -- addresses and credentials ----------------------------------------------------------------------------------------
@@ -191,7 +185,7 @@ def _tuning(options: Options) -> list[tuple[str, Any]]:
 class _Dialling:
     """Reaching a listener, over and over until there is one."""
 
-    def __init__(self, url: Url, options: Options, home: Home, credentials: Any) -> None:
+    def __init__(self, url: Url, options: Options, home: IoThread, credentials: Any) -> None:
         self.why = "nobody listens there"
         self._url, self._options, self._home, self._credentials = url, options, home, credentials
 
@@ -229,7 +223,8 @@ class _Dialling:
             if call.done():
                 await call.read()  # raises what it ended with
                 return None
-            link = GrpcLink(self._home, self._url, self._options, Peer(address=_address(self._url)), channel)
+            peer = Peer(address=_address(self._url))
+            link = GrpcLink(self._home, self._url, _path(self._url), self._options, peer, channel)
             link.peer_takes(answer)
             background(self._carry(link, channel, call))
             made = True
@@ -250,16 +245,14 @@ class _Dialling:
                 await channel.close()
 
     async def _carry(self, link: GrpcLink, channel: Any, call: Any) -> None:
-        from ._grpc_home import leave
-
         try:
             await link.carry(call.read, call.write, call.done_writing)
         finally:
-            try:
-                await channel.close()
-                await link.settle()
-            finally:
-                leave(self._home)
+            await channel.close()
+
+
+def _path(url: Url) -> Path | None:
+    return path_for(url, ".grpc") if url.scheme == "grpc+unix" else None
 
 
 def _address(url: Url) -> str | None:
@@ -286,14 +279,13 @@ def _target(url: Url) -> Iterator[str | None]:
 class GrpcListener:
     """A gRPC server with one method, and the streams that nobody has accepted yet."""
 
-    def __init__(self, url: Url, options: Options, home: Home) -> None:
-        from ._bridge import Bell
+    def __init__(self, url: Url, options: Options, home: IoThread) -> None:
+        from ._bell import Bell
 
         self.url = url
         self._options, self._home = options, home
         self._arrivals: deque[GrpcLink] = deque()
-        self._bell = Bell(home)
-        self._settling: deque[GrpcLink] = deque(maxlen=64)  # the latest
+        self._bell = Bell()
         self._closed = False
         self._name: Name | None = None
         self._server: Any = None
@@ -334,7 +326,7 @@ class GrpcListener:
 
     async def _find_free(self) -> None:
         """Bind there ourselves first. gRPC would only say that it could not, and would litter stderr."""
-        until = time.monotonic() + 0.5
+        until = _given_up.get(str(self.url.host), 0.0) + 5
         while True:
             why = _why_not(self.url)
             if why is None:
@@ -356,13 +348,12 @@ class GrpcListener:
 
         if self._closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "nobody listens here any more")
-        link = GrpcLink(self._home, self.url, self._options, _peer(context.peer()), context)
+        link = GrpcLink(self._home, self.url, _path(self.url), self._options, _peer(context.peer()), context)
         link.peer_takes(context.invocation_metadata() or ())
         await context.send_initial_metadata(((LIMIT, str(self._options.limit)),))
         self._arrivals.append(link)
         self._bell.ring()
-        self._settling.append(link)
-        fault = await link.carry(partial(_read, context), context.write, None)
+        fault = await link.carry(context.read, context.write, None)
         if fault is not None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, fault)
         if link.dead:
@@ -371,30 +362,28 @@ class GrpcListener:
     def drop(self) -> None:
         """It never listened."""
         self._closed = True
-        self._bell.close()
+        self._home.do(self._bell.close)
 
     def try_accept(self) -> Link | None:
         if self._closed:
             raise errors.Closed("this listener is closed", url=self.url, operation="accept")
-        if not self._arrivals:
-            self._home.turn()
         return self._arrivals.popleft() if self._arrivals else None
 
     def arm(self, want: Want) -> Wait:
-        return self._bell.arm()
+        return Wait((self._bell.announce(),))
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._bell.close()
         if self._name is not None:
             self._name.release()
         elif self.url.hosts:
-            _given_up.add(str(self.url.host))
+            _given_up[str(self.url.host)] = time.monotonic()
         self._home.do(self._stop)
 
     def _stop(self) -> None:
+        self._bell.close()  # here, where it is rung
         for link in self._arrivals:
             link.close()
         if self._closing is not None and not self._closing.done():
@@ -402,8 +391,6 @@ class GrpcListener:
 
     async def _serve(self) -> None:
         """Until we are closed, or the loop ends under us: then nobody could stop the server any more."""
-        from ._grpc_home import leave
-
         self._closing = asyncio.get_running_loop().create_future()
         try:
             await self._closing
@@ -411,31 +398,15 @@ class GrpcListener:
             await asyncio.shield(asyncio.ensure_future(self._server.stop(_FOR_EVER)))
         except asyncio.CancelledError:
             await self._server.stop(self._options.linger if self._closed else None)
-        finally:
-            for link in self._settling:
-                await link.settle()
-            _given_up.discard(str(self.url.host) if self.url.hosts else "")
-            leave(self._home)
 
     def abandon(self) -> None:
-        from ._grpc_home import forget_sockets
+        from ._grpc_home import park
 
-        self._closed = True
-        forget_sockets(self.url)
-
-
-async def _read(context: Any) -> Any:
-    """A server hears the end of a killed client like that of a client which closes, and only then that the call is cut."""
-    import grpc.aio
-
-    message = await context.read()
-    if message is grpc.aio.EOF:
-        await asyncio.sleep(_CUT)
-    return message
+        park(self.url, _path(self.url))
 
 
-#: Ports that were ours a moment ago.
-_given_up: set[str] = set()
+#: When we gave up a port.
+_given_up: dict[str, float] = {}
 
 
 def _handler(stream: Any) -> Any:
