@@ -116,9 +116,8 @@ class Bell:
             os.close(fd)
 
 
-def find_home(make: Callable[[], Home] | None = None) -> Steps[Home]:
-    """The home for an endpoint that is being opened by these steps: on the running loop if that loop drives them, else what
-    `make` makes (a Driven).
+def find_home() -> Steps[Home]:
+    """The home for an endpoint that is being opened by these steps: on the running loop if that loop drives them.
 
     A running loop alone says little: in a notebook, a plain blocking call finds one, which stands still meanwhile. So: sleep
     for no time, and look whether the loop has moved.
@@ -126,14 +125,14 @@ def find_home(make: Callable[[], Home] | None = None) -> Steps[Home]:
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        return (make or Driven)()
+        return Driven()
     moved: list[bool] = []
     handle = loop.call_soon(moved.append, True)
     try:
         yield Wait((), 0)
     finally:
         handle.cancel()
-    return Resident(loop) if moved else (make or Driven)()
+    return Resident(loop) if moved else Driven()
 
 
 # -- on the caller's loop -----------------------------------------------------------------------------------------
