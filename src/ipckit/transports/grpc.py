@@ -314,6 +314,7 @@ class GrpcListener:
                 port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
                 self.url = self.url.with_port(port)
             await server.start()
+            _given_up.pop(str(self.url.host) if self.url.hosts else "", None)
             background(self._serve())
         except BaseException as error:
             if self._name is not None:
@@ -326,7 +327,7 @@ class GrpcListener:
 
     async def _find_free(self) -> None:
         """Bind there ourselves first. gRPC would only say that it could not, and would litter stderr."""
-        until = _given_up.get(str(self.url.host), 0.0) + 5
+        until = _given_up.get(str(self.url.host), 0.0) + 2
         while True:
             why = _why_not(self.url)
             if why is None:
@@ -405,7 +406,7 @@ class GrpcListener:
         park(self.url, _path(self.url))
 
 
-#: When we gave up a port.
+#: When we gave up a port that we have not had again since.
 _given_up: dict[str, float] = {}
 
 
