@@ -33,7 +33,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from . import errors
 from ._capabilities import Capabilities
@@ -260,7 +260,8 @@ class Outlet(Protocol):
 
     def try_flush(self) -> bool:
         """True when everything that was put is the responsibility of somebody who outlives us (or, where nobody does, has
-        left this process). Raises what became of a parcel otherwise."""
+        left this process). Raises what became of a parcel otherwise.
+        """
 
     def arm(self, want: Want) -> Wait: ...
 
@@ -280,7 +281,8 @@ class Intake(Protocol):
 
     def try_settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> bool:
         """Take the verdict, or return False when there is no room now. A parcel that was settled, or needs no settling, is
-        taken and forgotten. `delay`: seconds, of NACK."""
+        taken and forgotten. `delay`: seconds, of NACK.
+        """
 
     def try_flush(self) -> bool:
         """True when every verdict is noted where it counts."""
@@ -291,6 +293,24 @@ class Intake(Protocol):
         """Since it was opened: "received", "bytes_received", and what this transport has to say ("redelivered" ...)."""
 
     def close(self) -> None: ...
+
+
+class Publishing(Outlet, Protocol):
+    """An Outlet that fans out."""
+
+    def subscribers(self) -> int:
+        """How many subscribers are there now. `arm(Want.RECV)` announces that we sleep until there are more."""
+
+
+OnFull: TypeAlias = Literal["block", "drop_old", "drop_new", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishTerms:
+    """What a publisher asks for: what a slow subscriber costs, and how many last messages of a topic a late one is given."""
+
+    on_full: OnFull = "block"
+    retain: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,7 +357,7 @@ class Topics(ABC, Generic[OptionsT]):
     topic_options: ClassVar[type[Any]]
 
     @abstractmethod
-    def publisher(self, url: Url, options: OptionsT) -> Steps[Outlet]: ...
+    def publisher(self, url: Url, options: OptionsT, terms: PublishTerms) -> Steps[Publishing]: ...
 
     @abstractmethod
     def subscriber(self, url: Url, options: OptionsT, terms: TopicTerms) -> Steps[Intake]: ...

@@ -189,7 +189,9 @@ class Sender(_BaseSender[T]):
     def __enter__(self) -> Sender[T]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -271,7 +273,9 @@ class Receiver(_BaseReceiver[T]):
     def __enter__(self) -> Receiver[T]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None and not self.closed:
             run(self._steps.finish(), self._tx, None)
         self.close()
