@@ -295,6 +295,22 @@ class Intake(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Draining(Protocol):
+    """An outlet whose messages depend on this process until they are acknowledged."""
+
+    def try_drain(self) -> bool:
+        """True when none of them does. `arm(Want.RECV)` announces that we sleep until then."""
+
+
+@runtime_checkable
+class Located(Protocol):
+    """An outlet or intake that listens: where it can be reached, with the port that the system chose."""
+
+    @property
+    def url(self) -> Url: ...
+
+
 class Publishing(Outlet, Protocol):
     """An Outlet that fans out."""
 

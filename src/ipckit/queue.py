@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from . import _linkqueue, _options, errors
-from ._endpoint import Endpoint, Opening
-from ._spi import Intake, Outlet, Queues, QueueTerms, Steps, Want
+from ._endpoint import Endpoint, Opening, located
+from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, Steps, Want
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -53,6 +53,14 @@ class _Sending:
         if done:
             yield from self._flush(parcels[done - 1].id)
         return done
+
+    def drain(self) -> Steps[None]:
+        outlet = self._outlet
+        while isinstance(outlet, Draining) and not outlet.try_drain():
+            wait = self._outlet.arm(Want.RECV)
+            if outlet.try_drain():
+                return
+            yield wait
 
     def _put(self, parcel: Parcel) -> Steps[None]:
         while not self._outlet.try_put(parcel):
@@ -143,7 +151,7 @@ class _Receiving:
 
 class _BaseSender(Endpoint, Generic[T]):
     def __init__(self, outlet: Outlet, opening: Opening) -> None:
-        super().__init__(outlet, opening.url, opening.capabilities)
+        super().__init__(outlet, located(outlet, opening.url), opening.capabilities)
         self._outlet = outlet
         self._steps = _Sending(outlet, opening.url)
         self._encode: Callable[[T], Any] = opening.codec.encode
@@ -183,6 +191,14 @@ class Sender(_BaseSender[T]):
         """Send them all, confirmed together. Returns how many, which is fewer only when the time was up."""
         return run(self._steps.send_many([self._parcel(v, None, None, 0) for v in values]), self._lane, timeout)
 
+    def drain(self, timeout: float | None = None) -> None:
+        """Return when nothing that was sent depends on this process any more. Raises Timeout; nothing is lost by it.
+
+        Where nobody outlives it (queues over links) that is when receivers have acknowledged everything; a broker
+        or the kernel has everything when `send` returns, and this returns at once.
+        """
+        run(self._steps.drain(), self._lane, timeout)
+
     def close(self) -> None:
         self._close()
 
@@ -212,6 +228,9 @@ class AsyncSender(_BaseSender[T]):
     async def send_many(self, values: Sequence[T], timeout: float | None = None) -> int:
         return await arun(self._steps.send_many([self._parcel(v, None, None, 0) for v in values]), self._lane, timeout)
 
+    async def drain(self, timeout: float | None = None) -> None:
+        await arun(self._steps.drain(), self._lane, timeout)
+
     async def close(self) -> None:
         self._close()
 
@@ -226,7 +245,7 @@ class AsyncSender(_BaseSender[T]):
 
 class _BaseReceiver(Endpoint, Generic[T]):
     def __init__(self, intake: Intake, opening: Opening, terms: QueueTerms) -> None:
-        super().__init__(intake, opening.url, opening.capabilities)
+        super().__init__(intake, located(intake, opening.url), opening.capabilities)
         self._intake = intake
         self._steps = _Receiving(intake, terms.manual)
         self._decode: Callable[[bytes], T] = opening.codec.decode
@@ -325,18 +344,20 @@ class _QueueOpening(Opening):
         self, url: str | Url, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
     ) -> None:
         super().__init__(url, codec, type, require, "queue", operation)
-        cls = self.transport.queue_options if isinstance(self.transport, Queues) else self.transport.options
-        self.options = _options.read(cls, self.url)
+        if isinstance(self.transport, Queues):
+            self.options = _options.read(self.transport.queue_options, self.url)
+        else:
+            self.own, self.options = _options.read_both(_linkqueue.Options, self.transport.options, self.url)
 
     def sender(self, listen: bool) -> Steps[Outlet]:
         if isinstance(self.transport, Queues):
             return self.transport.sender(self.url, self.options)
-        return _linkqueue.sender(self.transport, self.url, self.options, listen)
+        return _linkqueue.sender(self.transport, self.url, self.options, self.own, listen)
 
     def receiver(self, listen: bool, terms: QueueTerms) -> Steps[Intake]:
         if isinstance(self.transport, Queues):
             return self.transport.receiver(self.url, self.options, terms)
-        return _linkqueue.receiver(self.transport, self.url, self.options, terms, listen)
+        return _linkqueue.receiver(self.transport, self.url, self.options, self.own, terms, listen)
 
 
 @overload
