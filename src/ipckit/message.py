@@ -81,6 +81,17 @@ def check_id(id: str) -> str:
     return id
 
 
+def matches(pattern: str, topic: str) -> bool:
+    """Whether the pattern covers the topic; the one meaning that every transport keeps."""
+    wanted, levels = pattern.split("."), topic.split(".") if topic else []
+    for i, want in enumerate(wanted):
+        if want == ">":
+            return True
+        if i >= len(levels) or want not in ("*", levels[i]):
+            return False
+    return len(wanted) == len(levels)
+
+
 class _Base(Generic[T]):
     __slots__ = ("_parcel", "_settle", "value")
 

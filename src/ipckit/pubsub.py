@@ -26,6 +26,7 @@ from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
 from .message import AsyncMessage, Message, Parcel, Verdict, check_headers, new_id
+from .message import matches as matches
 
 T = TypeVar("T")
 
@@ -47,17 +48,6 @@ def check_topic(topic: str, url: Url, *, pattern: bool) -> str:
             hint="levels with dots between them: eu.paris; in a pattern * is one level, and > the rest",
         )
     return topic
-
-
-def matches(pattern: str, topic: str) -> bool:
-    """Whether the pattern covers the topic; the one meaning that every transport keeps."""
-    wanted, levels = pattern.split("."), topic.split(".") if topic else []
-    for i, want in enumerate(wanted):
-        if want == ">":
-            return True
-        if i >= len(levels) or want not in ("*", levels[i]):
-            return False
-    return len(wanted) == len(levels)
 
 
 class _Publishing:

@@ -24,6 +24,7 @@ import socket
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +33,32 @@ import msgspec
 
 from .. import _options, errors
 from .._capabilities import Capabilities
-from .._options import integer, option, text
-from .._spi import Link, Listener, Peer, Steps, Transport, Wait
+from .._options import integer, option
+from .._spi import (
+    Intake,
+    Link,
+    Listener,
+    Outlet,
+    Peer,
+    Publishing,
+    PublishTerms,
+    Queues,
+    QueueTerms,
+    Steps,
+    Topics,
+    TopicTerms,
+    Transport,
+    Wait,
+)
 from .._url import Url
+from ..message import matches
 from . import _mail, _rendezvous
 from ._mail import Card, Inbox, Outbox, Watch, Window
-from ._redis_wire import CONNECT_TIMEOUT, Wire, open_wire
+from ._redis_address import Address, Native, PlaceOptions, read_address
+from ._redis_log import MAX_LANES, Adding, QueueOptions, TopicOptions
+from ._redis_queue import GroupIntake
+from ._redis_topics import LogPublisher, Tail
+from ._redis_wire import Wire, open_wire
 
 log = logging.getLogger("ipckit.redis")
 
@@ -47,83 +68,15 @@ _MAX_HELD = 1 << 20  # bytes of pipelined commands that the kernel has not taken
 _TRIM = (256, 1 << 20)  # frames and bytes read, after which they are trimmed
 _HANDSHAKE_TTL = 60.0  # of a mailbox that belongs to no channel yet
 _ASK_EVERY = 0.5  # seconds between two questions whether the peer is connected
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}\Z")
+
+GROUP = "ipckit"  # of a queue's receivers that name none
+_GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,99}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RedisOptions(_options.LinkOptions):
+class RedisOptions(PlaceOptions):
     window: int = option(1024, integer(2, 1 << 20), "messages that a sender may be ahead of its reader")
     ttl: float = option(86400.0, _options.duration, "after which keys expire that nobody used")
-    db: int = option(0, integer(0, 1 << 20), "redis+unix: the database")
-    name: str | None = option(None, text, "redis+unix: the name, which the other schemes have in the path")
-    ca: str | None = option(None, text, "rediss: file of the authorities to trust, instead of the system's")
-    cert: str | None = option(None, text, "rediss: file with our certificate")
-    key: str | None = option(None, text, "rediss: file with its private key")
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """What the URL and its options say: where the server is, which database, which name."""
-
-    url: Url
-    settings: dict[str, Any]  # of a redis-py connection
-    name: str
-
-    def connection(self) -> Any:
-        """A new redis-py connection, not open yet."""
-        import redis
-
-        kinds = {"redis": redis.Connection, "rediss": redis.SSLConnection}
-        # protocol 2: one shape of replies on every server. No retries: what is idempotent, we know better.
-        retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
-        kind = kinds.get(self.url.scheme, redis.UnixDomainSocketConnection)
-        return kind(protocol=2, retry=retry, socket_timeout=CONNECT_TIMEOUT, **self.settings)
-
-    def client(self) -> Any:
-        """A redis-py client of its own with this address and login. Close it."""
-        import redis
-
-        return redis.Redis(connection_pool=redis.ConnectionPool(type(self.connection()), **self.settings))
-
-
-def read_address(url: Url, options: RedisOptions) -> Address:
-    settings: dict[str, Any] = {"username": url.user or None, "password": url.password}
-    if url.scheme == "redis+unix":
-        if url.hosts or not url.path or options.name is None:
-            raise errors.BadUrl(
-                "it takes a socket's path and a name", url=url, hint="redis+unix:///run/redis.sock?name=N"
-            )
-        name, database = options.name, options.db
-        settings["path"] = url.path
-    else:
-        number, slash, name = url.path[1:].partition("/")
-        if not slash or not number.isdecimal() or len(number) > 7:
-            raise errors.BadUrl("the path is /DATABASE/NAME", url=url, hint=f"{url.scheme}://127.0.0.1:6379/0/name")
-        if options.name is not None or options.db:
-            raise errors.BadOption("db and name stand in the path", url=url)
-        if len(url.hosts) > 1:
-            raise errors.BadUrl("one host", url=url)
-        database = int(number)
-        host = url.hosts[0] if url.hosts else None
-        settings |= {"host": host.name if host else "127.0.0.1", "port": (host and host.port) or 6379}
-        settings["socket_connect_timeout"] = CONNECT_TIMEOUT
-    if not _NAME.match(name):
-        raise errors.BadUrl("the name must be of letters, digits and '_.:/-'", url=url)
-    settings["db"] = database
-    tls = {"ssl_ca_certs": options.ca, "ssl_certfile": options.cert, "ssl_keyfile": options.key}
-    if url.scheme == "rediss":
-        settings |= tls
-    elif any(tls.values()):
-        raise errors.BadOption("ca, cert and key are for rediss://", url=url)
-    return Address(url, settings, name)
-
-
-@dataclass(frozen=True, slots=True)
-class Native:
-    """`.native.inbox` and `.native.outbox`: the stream, and how to get a redis-py client for looking at it."""
-
-    key: str
-    address: Address
 
 
 class _Post:
@@ -497,9 +450,13 @@ def _channel(
     return _mail.MailLink(post, inbox, outbox, watch, limit, peer_limit)
 
 
-class RedisTransport(Transport[RedisOptions]):
+class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[TopicOptions]):
     capabilities = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "queue", "pubsub"}),
+        durable=True,
+        consumer_groups=True,
+        replay=True,
+        native_topics=True,
         cross_machine=True,
         broker=True,
         death="lease",
@@ -511,15 +468,22 @@ class RedisTransport(Transport[RedisOptions]):
         use_case="services that share a Redis already, on one machine or many",
     )
     options = RedisOptions
+    queue_options = QueueOptions
+    topic_options = TopicOptions
     requires = ("redis", "hiredis")
     extra = "redis"
 
     def capabilities_of(self, url: Url) -> Capabilities:
         from dataclasses import replace
 
-        if url.scheme == "rediss":
-            return replace(self.capabilities, encrypted=True)
-        return replace(self.capabilities, cross_machine=url.scheme == "redis")
+        lanes = dict(url.options).get("lanes", "")  # that it is a number is checked when it is opened
+        levels = int(lanes) if lanes.isdecimal() and 1 < int(lanes) <= MAX_LANES else 0
+        return replace(
+            self.capabilities,
+            priorities=levels,
+            encrypted=url.scheme == "rediss",
+            cross_machine=url.scheme != "redis+unix",
+        )
 
     def listen(self, url: Url, options: RedisOptions) -> Steps[Listener]:
         post = _Post(read_address(url, options), options)
@@ -535,6 +499,51 @@ class RedisTransport(Transport[RedisOptions]):
             return (yield from _rendezvous.connect(post, options.limit, _channel))
         finally:
             post.close()
+
+    def sender(self, url: Url, options: QueueOptions) -> Steps[Outlet]:
+        outlet = Adding(read_address(url, options), options, lanes=options.lanes)
+        yield from outlet.open()
+        return outlet
+
+    def receiver(self, url: Url, options: QueueOptions, terms: QueueTerms) -> Steps[Intake]:
+        address = read_address(url, options)
+        if options.audit:
+            if terms.group is not None or options.lanes > 1:
+                raise errors.BadOption("an audit reads one stream, and has no group", url=url, operation="receiver")
+            tail = Tail(address, options, None)
+            yield from tail.open()
+            return tail
+        intake = GroupIntake(address, options, _group(url, terms.group or GROUP), lanes=options.lanes)
+        yield from intake.open()
+        return intake
+
+    def publisher(self, url: Url, options: TopicOptions, terms: PublishTerms) -> Steps[Publishing]:
+        publisher = LogPublisher(read_address(url, options), options, terms)
+        yield from publisher.open()
+        return publisher
+
+    def subscriber(self, url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Intake]:
+        address = read_address(url, options)
+        wanted = _wanted(terms.topics)
+        intake: Tail | GroupIntake
+        if terms.group is None:
+            intake = Tail(address, options, wanted)
+        else:
+            intake = GroupIntake(address, options, _group(url, terms.group), wanted=wanted)
+        yield from intake.open()
+        return intake
+
+
+def _group(url: Url, group: str) -> str:
+    if not _GROUP.match(group):
+        raise errors.BadOption(f"{group!r} is no name of a group", url=url, hint="letters, digits and '_.:-'")
+    return group
+
+
+def _wanted(patterns: Sequence[str]) -> Callable[[str], bool]:
+    if ">" in patterns:
+        return lambda topic: True
+    return lambda topic: any(matches(pattern, topic) for pattern in patterns)
 
 
 TRANSPORT = RedisTransport()
