@@ -304,7 +304,7 @@ class Crowd(Generic[M]):
     def sleep(self, until: float | None = None) -> Wait:
         """What a caller sleeps on, after `arm`."""
         self._sleepers = True
-        return self.watch.wait(until)
+        return self.watch.sleep(until)
 
     def leave(self, more: bool) -> None:
         """A call ends. Wake who sleeps, if there is something left for them."""

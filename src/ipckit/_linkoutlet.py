@@ -2,10 +2,11 @@
 
 Every receiver says how many messages it takes before it has acknowledged the first of them (its window). A message goes to the
 next one in turn that has room in its window and on its link; when nobody has, the sender waits, and so nothing piles up here:
-what is kept is what is out there without an acknowledgement. The receiver's link ends, or it says "again": then the message goes to
-whoever has room next, before anything new, marked as delivered once more.
+what is kept is what is out there without an acknowledgement. The receiver's link ends, or it says "again": then the message goes
+to whoever has room next, before anything new, marked as delivered once more.
 
-Who looks after that while the user does not call? The keeper's thread, which wakes for arrivals and ends only.
+Who looks after that while the user does not call? The keeper's thread. While the user does, it wakes for arrivals and ends, and
+every `_TICK` to see whether they still do; when they do not, and something is out, it hears the receivers itself.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .message import Parcel
 _log = logging.getLogger("ipckit")
 #: Bytes out at one receiver without an acknowledgement; one message may always be.
 _MOST_BYTES = 64 << 20
+_TICK = 0.05
 _GLANCE = 32  # messages after which acknowledgements are read though there is room
 
 
@@ -62,6 +64,8 @@ class LinkOutlet:
         self._order = itertools.count()
         self._since_glance = 0
         self._sent = self._bytes = self._redelivered = self._acknowledged = 0
+        self._calls = self._calls_seen = 0
+        self._asleep = False  # the keeper, until somebody comes or goes
         self._closed = False
         if first is not None:
             self._crowd.admit(first)
@@ -95,6 +99,10 @@ class LinkOutlet:
                     return False
             self._sent += 1
             self._bytes += len(parcel.body)
+            self._calls += 1
+            if self._asleep:
+                self._asleep = False
+                keeper.look()
             self._crowd.leave(self._crowd.busy)
             return True
 
@@ -157,8 +165,14 @@ class LinkOutlet:
             self._crowd.arm()
             self._round()
             self._crowd.leave(True)
+            idle, self._calls_seen = self._calls == self._calls_seen, self._calls
             if self._again or self._delayed or any(taker.unsent for taker in self._crowd.members):
                 return self._crowd.watch.wait(self._delayed[0][0] if self._delayed else None)
+            if not idle:
+                return self._crowd.quiet.wait(time.monotonic() + _TICK)
+            if self._outstanding():
+                return self._crowd.watch.wait()
+            self._asleep = True
             return self._crowd.quiet.wait()
 
     def lingers(self) -> bool:

@@ -4,7 +4,7 @@ An endpoint over many links sleeps on an epoll that watches whatever they said. 
 links come and go; an event loop keeps descriptors registered between calls, and must not know those of links that may be closed
 and their numbers used again. And it tells which link is ready, so that waking costs what is ready and not what exists.
 
-A bell in it wakes the sleepers when another caller has taken from a link what they were waiting for.
+A bell beside it wakes the sleepers when another caller has taken from a link what they were waiting for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class Watch:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._bell, select.EPOLLIN)
         self._rung = False
         self._interest: dict[int, dict[Hashable, int]] = {}
         self._fds: dict[Hashable, tuple[tuple[int, int], ...]] = {}
@@ -77,12 +76,7 @@ class Watch:
         """Keys whose Wait is ready, or over."""
         found: set[Hashable] = set()
         for fd, _ in self._epoll.poll(0):
-            if fd == self._bell:
-                self._rung = False
-                with suppress(BlockingIOError):
-                    os.eventfd_read(self._bell)
-            else:
-                found.update(self._interest.get(fd, ()))
+            found.update(self._interest.get(fd, ()))
         if self._due:
             now = time.monotonic()
             for key in [key for key, due in self._due.items() if due <= now]:
@@ -91,7 +85,7 @@ class Watch:
         return found
 
     def ring(self) -> None:
-        """Wake the sleepers."""
+        """Wake who sleeps on `sleep`."""
         if not self._rung:
             self._rung = True
             os.eventfd_write(self._bell, 1)
@@ -103,6 +97,15 @@ class Watch:
             until = first if until is None else min(first, until)
         at_most = None if until is None else max(until - time.monotonic(), 0.0)
         return Wait(((self._epoll.fileno(), select.POLLIN),), at_most)
+
+    def sleep(self, until: float | None = None) -> Wait:
+        """As `wait`, and the bell. Who asks tries once more: that answers for those whom the bell was rung for."""
+        if self._rung:
+            self._rung = False
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
+        wait = self.wait(until)
+        return Wait((*wait.fds, (self._bell, select.POLLIN)), wait.at_most)
 
     def close(self) -> None:
         if not self._epoll.closed:

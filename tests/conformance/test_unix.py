@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, QueueContract
 
 
 class TestUnix(ChannelContract):
@@ -9,3 +9,9 @@ class TestUnix(ChannelContract):
     @pytest.fixture
     def url(self) -> str:
         return "unix://contract"
+
+
+class TestUnixQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "unix://queue"
