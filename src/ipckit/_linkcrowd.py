@@ -155,13 +155,7 @@ class Crowd(Generic[M]):
         """This link is over. Tells `lost`."""
         if member.lost:
             return
-        member.lost = True
-        self.members.remove(member)
-        self.watch.drop(member)
-        self.quiet.drop(member)
-        for queue in (self._hot, self._tepid):
-            if member in queue:
-                queue.remove(member)
+        self._forget(member)
         level = logging.INFO if isinstance(error, errors.PeerClosed) else logging.WARNING
         _log.log(level, "%s: lost a connection: %s", self.url, error.message)
         if self.connects and isinstance(error, errors.ProtocolError):
@@ -171,6 +165,21 @@ class Crowd(Generic[M]):
             self._door.later(time.monotonic() - member.since)
             self._knocked = True
         self._lost(member, error)
+
+    def dismiss(self, member: M) -> None:
+        """We are done with this one."""
+        if not member.lost:
+            self._forget(member)
+            member.link.close()
+
+    def _forget(self, member: M) -> None:
+        member.lost = True
+        self.members.remove(member)
+        self.watch.drop(member)
+        self.quiet.drop(member)
+        for queue in (self._hot, self._tepid):
+            if member in queue:
+                queue.remove(member)
 
     def stir(self) -> bool:
         """Find out who is ready; let in who is at the door. True if anybody new came."""

@@ -24,6 +24,9 @@ _HEADER = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}\Z")
 _ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _NO_HEADERS: Mapping[str, str] = {}
 
+#: A gap after which the publisher is another one, or was reached anew: nobody counted.
+UNKNOWN = -1
+
 
 class Verdict(enum.Enum):
     """What becomes of a message that was handed out."""
@@ -44,7 +47,7 @@ class Parcel:
         priority: higher first, where the transport has priorities.
         topic: of publish/subscribe; empty in a queue.
         redelivered: how often it was handed out before.
-        gap: how many messages were dropped right before this one.
+        gap: how many messages were dropped right before this one; `UNKNOWN`: some, and nobody can say how many.
         token: what the transport needs to settle it.
     """
 
@@ -124,7 +127,7 @@ class _Base(Generic[T]):
 
     @property
     def gap(self) -> int:
-        """How many messages this subscriber missed right before it."""
+        """How many messages this subscriber missed right before it. -1: some, nobody can say how many (it reconnected)."""
         return self._parcel.gap
 
     def __repr__(self) -> str:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from . import _linkhub, _options, errors
-from ._endpoint import Endpoint, Opening
+from ._endpoint import Endpoint, Opening, located
 from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
 from ._url import Url
 from ._wait import Lane, arun, run
@@ -130,7 +130,7 @@ class _Subscribing:
 
 class _BasePublisher(Endpoint, Generic[T]):
     def __init__(self, outlet: Publishing, opening: Opening) -> None:
-        super().__init__(outlet, opening.url, opening.capabilities)
+        super().__init__(outlet, located(outlet, opening.url), opening.capabilities)
         self._outlet = outlet
         self._steps = _Publishing(outlet, opening.url)
         self._encode: Callable[[T], Any] = opening.codec.encode
@@ -206,7 +206,7 @@ class AsyncPublisher(_BasePublisher[T]):
 
 class _BaseSubscriber(Endpoint, Generic[T]):
     def __init__(self, intake: Intake, opening: Opening) -> None:
-        super().__init__(intake, opening.url, opening.capabilities)
+        super().__init__(intake, located(intake, opening.url), opening.capabilities)
         self._intake = intake
         self._steps = _Subscribing(intake)
         self._decode: Callable[[bytes], T] = opening.codec.decode
@@ -297,8 +297,10 @@ class _TopicOpening(Opening):
     ) -> None:
         super().__init__(url, codec, type, require, "pubsub", operation)
         self._operation = operation
-        cls = self.transport.topic_options if isinstance(self.transport, Topics) else self.transport.options
-        self._options = _options.read(cls, self.url)
+        if isinstance(self.transport, Topics):
+            self._options = _options.read(self.transport.topic_options, self.url)
+        else:
+            self._own, self._options = _options.read_both(_linkhub.Options, self.transport.options, self.url)
 
     def publisher(self, on_full: OnFull, retain: int) -> Steps[Publishing]:
         if on_full not in ("block", "drop_old", "drop_new", "error"):
@@ -310,7 +312,7 @@ class _TopicOpening(Opening):
         terms = PublishTerms(on_full=on_full, retain=retain)
         if isinstance(self.transport, Topics):
             return self.transport.publisher(self.url, self._options, terms)
-        return _linkhub.publisher(self.transport, self.url, self._options, terms)
+        return _linkhub.publisher(self.transport, self.url, self._options, self._own, terms)
 
     def subscriber(self, topics: Sequence[str], group: str | None) -> Steps[Intake]:
         if isinstance(topics, str) or not topics:
@@ -319,7 +321,7 @@ class _TopicOpening(Opening):
         terms = TopicTerms(topics=checked, group=group)
         if isinstance(self.transport, Topics):
             return self.transport.subscriber(self.url, self._options, terms)
-        return _linkhub.subscriber(self.transport, self.url, self._options, terms)
+        return _linkhub.subscriber(self.transport, self.url, self._options, self._own, terms)
 
 
 @overload

@@ -2,7 +2,7 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestInproc(ChannelContract):
@@ -14,6 +14,12 @@ class TestInproc(ChannelContract):
 
 
 class TestInprocQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"inproc://{uuid4().hex}"
+
+
+class TestInprocTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return f"inproc://{uuid4().hex}"

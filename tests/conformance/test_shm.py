@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestShm(ChannelContract):
@@ -12,6 +12,12 @@ class TestShm(ChannelContract):
 
 
 class TestShmQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "shm://contract"
+
+
+class TestShmTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "shm://contract"

@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, QueueContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
 
 
 class TestTcp(ChannelContract):
@@ -12,6 +12,12 @@ class TestTcp(ChannelContract):
 
 
 class TestTcpQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"tcp://127.0.0.1:{free_port()}"
+
+
+class TestTcpTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return f"tcp://127.0.0.1:{free_port()}"

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from ipckit.testing.conformance import ChannelContract, QueueContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,12 @@ class TestTls(ChannelContract):
 
 
 class TestTlsQueue(QueueContract):
+    @pytest.fixture
+    def url(self, certificate: Path) -> str:
+        return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"
+
+
+class TestTlsTopics(PubSubContract):
     @pytest.fixture
     def url(self, certificate: Path) -> str:
         return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"

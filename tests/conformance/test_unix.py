@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestUnix(ChannelContract):
@@ -15,3 +15,9 @@ class TestUnixQueue(QueueContract):
     @pytest.fixture
     def url(self) -> str:
         return "unix://queue"
+
+
+class TestUnixTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "unix://contract"

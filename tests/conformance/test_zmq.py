@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, QueueContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
 
 pytest.importorskip("zmq")
 
@@ -42,6 +42,24 @@ class TestZmqIpcQueue(QueueContract):
 
 
 class TestZmqInprocQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+inproc://conformance"
+
+
+class TestZmqTcpTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"zmq+tcp://127.0.0.1:{free_port()}"
+
+
+class TestZmqIpcTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+ipc://conformance"
+
+
+class TestZmqInprocTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance"
