@@ -246,11 +246,6 @@ class Crowd(Generic[M]):
                 self._tepid.append(member)
         return None
 
-    @property
-    def busy(self) -> bool:
-        """Somebody may have a frame."""
-        return bool(self._hot)
-
     def send(self, member: M, frame: bytes) -> bool:
         """Give a frame to this member's link. False: no room, or it is lost. Raises MessageTooLarge."""
         if member.lost:
@@ -288,6 +283,12 @@ class Crowd(Generic[M]):
 
     # -- sleeping ----------------------------------------------------------------------------------------------------
 
+    @property
+    def restless(self) -> bool:
+        """Somebody has not been told that we are about to sleep: whoever came, or was ready, since the last `arm`."""
+        listens = self._door is not None and not isinstance(self._door, Dialer)
+        return bool(self._hot or self._tepid) or (listens and not self._door_armed)
+
     def arm(self) -> None:
         """Tell everybody who has not been told that we are about to sleep. Try once more after this."""
         if not self._door_armed and self._door is not None and not isinstance(self._door, Dialer):
@@ -315,9 +316,13 @@ class Crowd(Generic[M]):
         self._sleepers = True
         return self.watch.sleep(until)
 
-    def leave(self, more: bool) -> None:
-        """A call ends. Wake who sleeps, if there is something left for them."""
-        if more and self._sleepers:
+    def leave(self) -> None:
+        """A call ends, whatever came of it. Wake who sleeps, or is about to, if there may be something for them."""
+        if self._sleepers and self.restless:
+            self.wake()
+
+    def wake(self) -> None:
+        if self._sleepers:
             self._sleepers = False
             self.watch.ring()
 

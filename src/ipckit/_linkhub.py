@@ -31,7 +31,8 @@ def publisher(
 ) -> Steps[Publishing]:
     listener = yield from transport.listen(url, options)
     limit = options.limit if isinstance(options, LinkOptions) else DEFAULT_LIMIT
-    return LinkPublisher(url, listener, terms, own.backlog, limit)
+    handed_over = transport.capabilities_of(url).handed_over
+    return LinkPublisher(url, listener, terms, own.backlog, limit, handed_over)
 
 
 def subscriber(transport: Transport[Any], url: Url, options: Any, own: Options, terms: TopicTerms) -> Steps[Intake]:

@@ -102,11 +102,12 @@ class LinkIntake:
                 parcel = self._next()
                 if parcel is None:
                     self._tell_all()  # nothing to do but wait: a good moment
+                    self._crowd.leave()
                     return None
             self._received += 1
             self._bytes += len(parcel.body)
             self._redelivered += bool(parcel.redelivered)
-            self._crowd.leave(self._crowd.busy)
+            self._crowd.leave()
             return parcel
 
     def try_settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> bool:
@@ -133,7 +134,9 @@ class LinkIntake:
     def try_flush(self) -> bool:
         with self._lock:
             self._crowd.check()
-            return self._tell_all()
+            done = self._tell_all()
+            self._crowd.leave()
+            return done
 
     def arm(self, want: Want) -> Wait:
         with self._lock:
@@ -171,9 +174,9 @@ class LinkIntake:
             if self._closed:
                 return None
             self._crowd.stir()
-            self._crowd.arm()
+            self._crowd.arm()  # who is at the door; those whom we let in are for the user to try
             self._crowd.stir()
-            self._crowd.leave(self._crowd.busy)
+            self._crowd.leave()
             return self._crowd.quiet.wait()
 
     def lingers(self) -> bool:

@@ -91,11 +91,10 @@ class LinkOutlet:
             self._since_glance += 1
             if self._since_glance >= _GLANCE or self._again or self._delayed:
                 self._listen()
-            if not self._hand_out_again():
-                return False
-            if not self._give(parcel):
+            if not self._hand_out_again() or not self._give(parcel):
                 self._listen()  # acknowledgements make room
                 if not self._hand_out_again() or not self._give(parcel):
+                    self._crowd.leave()
                     return False
             self._sent += 1
             self._bytes += len(parcel.body)
@@ -103,7 +102,7 @@ class LinkOutlet:
             if self._asleep:
                 self._asleep = False
                 keeper.look()
-            self._crowd.leave(self._crowd.busy)
+            self._crowd.leave()
             return True
 
     def try_flush(self) -> bool:
@@ -113,7 +112,9 @@ class LinkOutlet:
             if all(gone) and not self._again:
                 return True
             self._listen()
-            return self._hand_out_again() and not any(taker.unsent for taker in self._crowd.members)
+            done = self._hand_out_again() and not any(taker.unsent for taker in self._crowd.members)
+            self._crowd.leave()
+            return done
 
     def try_drain(self) -> bool:
         """True when receivers have acknowledged every message."""
@@ -121,6 +122,7 @@ class LinkOutlet:
             self._crowd.check()
             self._listen()
             self._hand_out_again()
+            self._crowd.leave()
             return not self._outstanding()
 
     def arm(self, want: Want) -> Wait:
@@ -162,9 +164,10 @@ class LinkOutlet:
             if self._closed:
                 return None
             self._round()
-            self._crowd.arm()
-            self._round()
-            self._crowd.leave(True)
+            while self._crowd.restless:
+                self._crowd.arm()
+                self._round()
+            self._crowd.wake()
             idle, self._calls_seen = self._calls == self._calls_seen, self._calls
             if self._again or self._delayed or any(taker.unsent for taker in self._crowd.members):
                 return self._crowd.watch.wait(self._delayed[0][0] if self._delayed else None)

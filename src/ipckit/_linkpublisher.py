@@ -75,9 +75,12 @@ class Reader(Member):
 class LinkPublisher:
     """`Publishing`, and `Tended` by the keeper."""
 
-    def __init__(self, url: Url, listener: Listener, terms: PublishTerms, backlog: int, limit: int) -> None:
+    def __init__(
+        self, url: Url, listener: Listener, terms: PublishTerms, backlog: int, limit: int, handed_over: bool
+    ) -> None:
         self._lock = threading.Lock()
         self._url = url
+        self._handed_over = handed_over  # what a link took survives its close; else the subscriber has to close first
         self._terms, self._backlog, self._limit = terms, backlog, limit
         self._crowd: Crowd[Reader] = Crowd(url, listener, b"", Reader, self._lost, ends=False)
         self._audience: dict[str, tuple[list[Reader], list[deque[Reader]]]] = {}  # by topic; rebuilt when they change
@@ -190,15 +193,16 @@ class LinkPublisher:
 
     def tend(self) -> Wait | None:
         with self._lock:
-            for last in (False, True):
+            while True:
                 if self._closed:
                     if not self._wind_up():
                         return None
                 else:
                     self._round()
-                if not last:
-                    self._crowd.arm()
-            self._crowd.leave(True)
+                if not self._crowd.restless:
+                    break
+                self._crowd.arm()
+            self._crowd.wake()
             return self._crowd.watch.wait(self._deadline)
 
     def lingers(self) -> bool:
@@ -215,12 +219,11 @@ class LinkPublisher:
             return False
         self._listen()
         for reader in tuple(self._crowd.members):
-            if self._pumped(reader):
+            if self._pumped(reader) and self._handed_over:
                 self._crowd.dismiss(reader)
-        late = self._crowd.members
-        if late and time.monotonic() < self._deadline:
+        if self._crowd.members and time.monotonic() < self._deadline:
             return True
-        for reader in late:
+        for reader in [reader for reader in self._crowd.members if reader.behind]:
             lost = len(reader.queue) + sum(gap for _, gap in reader.queue) + reader.gap
             _log.warning("%s: closed, and a subscriber that does not receive lost %d messages", self._url, lost)
         self._deadline = None

@@ -55,6 +55,7 @@ class LinkSubscriber:
             while not any(member.greeted for member in self._crowd.members):
                 if (found := self._crowd.next_frame()) is None:
                     self._crowd.check()
+                    self._crowd.leave()
                     return False
                 self._heard(*found)
             return True
@@ -70,13 +71,14 @@ class LinkSubscriber:
                 parcel = self._next()
                 if parcel is None:
                     self._crowd.check()
+                    self._crowd.leave()
                     return None
             self._received += 1
             self._bytes += len(parcel.body)
             self._dropped += parcel.gap
             if self._missed:
                 parcel.gap, self._missed = UNKNOWN, False
-            self._crowd.leave(self._crowd.busy)
+            self._crowd.leave()
             return parcel
 
     def try_settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> bool:
@@ -129,6 +131,7 @@ class LinkSubscriber:
                 self._dropped += wire.read_end(frame)
                 self._over = True
                 self._crowd.shut_door()
+                self._crowd.dismiss(member)  # which tells the publisher that all of it has arrived
                 raise errors.PeerClosed("the publisher closed", url=self._url)
             else:
                 raise wire.unexpected(frame)
