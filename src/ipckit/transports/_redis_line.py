@@ -23,6 +23,7 @@ from typing import TypeAlias
 
 from .. import errors
 from .._spi import Steps, Wait
+from ._bell import Bell
 from ._redis_address import Address
 from ._redis_scripts import FORGET
 from ._redis_wire import Wire, open_wire
@@ -54,16 +55,20 @@ def passes(refusal: Exception) -> bool:
 
 
 class Ear:
-    """One descriptor for several. A member is registered once, and stays until `forget`."""
+    """One descriptor for several, and a doorbell. A member is registered once, and stays until `forget`.
+
+    What a line waits for may change in the very try between `wait` and the sleep; then it rings, and the sleeper asks anew.
+    """
 
     def __init__(self) -> None:
+        self._bell = Bell()
         self._epoll = select.epoll()
         self._fd = self._epoll.fileno()
         self._members: dict[int, int] = {}
 
     def wait(self, fds: Fds, at_most: float | None) -> Wait:
         members = self._members
-        for fd, events in fds:
+        for fd, events in (self._bell.announce(), *fds):
             known = members.get(fd)
             if known == events:
                 continue
@@ -74,6 +79,10 @@ class Ear:
                 self._epoll.modify(fd, events)
         return Wait(((self._fd, select.POLLIN),), at_most)
 
+    def ring(self) -> None:
+        """Whoever sleeps on this wakes and tries again."""
+        self._bell.ring()
+
     def forget(self, fd: int) -> None:
         """Before it is closed: its number may be given to another file at once."""
         if self._members.pop(fd, None) is not None:
@@ -82,6 +91,7 @@ class Ear:
 
     def close(self) -> None:
         self._epoll.close()
+        self._bell.close()
 
 
 class Line:
@@ -96,6 +106,7 @@ class Line:
         self._wire: Wire | None = None
         self._opening: Steps[Wire] | None = None
         self._wait = Wait(())  # of the opening
+        self._writing = False  # whether the ears listen for room to write
         self._due = 0.0
         self._pause = _PAUSE[0]
         self._since = 0.0
@@ -120,6 +131,7 @@ class Line:
     def _adopt(self, wire: Wire) -> None:
         self._wire = wire
         self._since = time.monotonic()
+        self._changed()
         self._opened(wire)
 
     def ready(self) -> Wire | None:
@@ -138,14 +150,22 @@ class Line:
         except errors.PeerError as error:
             self.lose(error)
             return False
+        if wire.held and not self._writing:
+            self._changed()
         return self._wire is not None
 
     def push(self) -> None:
         if self._wire is not None:
             try:
                 self._wire.push()
+                if self._wire.held and not self._writing:
+                    self._changed()
             except errors.PeerError as error:
                 self.lose(error)
+
+    def _changed(self) -> None:
+        for ear in self._ears:
+            ear.ring()
 
     def _advance(self) -> None:
         if self._error is not None:
@@ -154,15 +174,16 @@ class Line:
             if time.monotonic() < self._due:
                 return
             self._opening = self._connect()
-        self._hush()  # what it waits for next may be a file that has this number now
         try:
-            self._wait = next(self._opening)
+            self._await(next(self._opening))
         except StopIteration as stop:
+            self._await(Wait(()))
             self._opening = None
             self.reconnects += 1
             log.info("%s: connected again", self._address.url)
             self._adopt(stop.value)
         except errors.IpcError as error:
+            self._await(Wait(()))
             self._opening = None
             if not isinstance(error, (errors.PeerError, errors.NothingListening, errors.ResourceLimit)):
                 self._error = error
@@ -170,11 +191,13 @@ class Line:
             self._sleep_on_it()
             log.debug("%s: not yet: %s", self._address.url, error.message)
 
-    def _hush(self) -> None:
-        for fd, _ in self._wait.fds:
-            for ear in self._ears:
-                ear.forget(fd)
-        self._wait = Wait(())
+    def _await(self, wait: Wait) -> None:
+        if wait.fds != self._wait.fds:
+            for fd, _ in self._wait.fds:
+                for ear in self._ears:
+                    ear.forget(fd)
+            self._changed()
+        self._wait = wait
 
     def lose(self, why: object) -> None:
         """The wire is gone, or no good any more: the next `ready` begins to make another."""
@@ -190,6 +213,7 @@ class Line:
         self._sleep_on_it()
 
     def _sleep_on_it(self) -> None:
+        self._changed()
         self._due = time.monotonic() + self._pause * random.uniform(0.5, 1.0)
         self._pause = min(self._pause * 2, _PAUSE[1])
 
@@ -197,7 +221,8 @@ class Line:
         """What to listen to. Ready when `ready` or `pump` gets further."""
         if self._wire is not None:
             # Reading always: to take it out and put it back would cost two system calls a message.
-            return ((self._wire.fd, select.POLLIN | (select.POLLOUT if self._wire.held else 0)),)
+            self._writing = self._wire.held > 0
+            return ((self._wire.fd, select.POLLIN | (select.POLLOUT if self._writing else 0)),)
         return self._wait.fds
 
     def at_most(self) -> float | None:

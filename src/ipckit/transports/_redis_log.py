@@ -232,7 +232,10 @@ class Adding:
             self._known += reply == 0
 
     def _turn(self) -> None:
+        before = len(self._pending)
         self.line.pump(unasked=True)
+        if before > 1 and len(self._pending) < before:
+            self._ear.ring()  # tasks that share this sender: what we heard may have been for another, who sleeps
         if self._again is not None:
             why, self._again = self._again, None
             self.line.lose(f"the server says: {why}")

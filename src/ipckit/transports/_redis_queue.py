@@ -30,7 +30,6 @@ from typing import Any
 from .. import errors
 from .._spi import Steps, Wait, Want
 from ..message import Parcel, Verdict
-from ._bell import Bell
 from ._redis_address import Address, Native
 from ._redis_line import Ear, Line, alive, cards_of, check_fsync, log, me, passes, register, soonest
 from ._redis_log import LogOptions, lane_key, read_entry, side_key
@@ -64,6 +63,7 @@ class _Lane:
         self.buffer = deque[Parcel]()
         self.held: dict[bytes, _Held] = {}  # fetched and not settled, here or in the user's hands
         self.acks: list[bytes] = []  # to be sent
+        self.more = False  # with several lanes: the last read may have left some there
         self.floor: bytes | None = None  # the last entry that we know the group had
 
 
@@ -95,18 +95,20 @@ class GroupIntake:
         self._open: list[Parcel] = []  # handed out, to be acknowledged for the user
         self._lock = threading.Lock()
         self._rx, self._tx = Ear(), Ear()
-        self._rx_bell, self._tx_bell = Bell(), Bell()
         self._reading = Line(address, self._enrol, self._reading_opened, self._rx)
         self._command = Line(address, self._prepare, self._command_opened, self._rx, self._tx)
         self._asked = False
+        self._asked_for: list[_Lane] = []
+        self._asked_count = 0
         self._number = 0  # of our last reading connection
         self._run = ""  # the server's run that it belonged to
-        self._mean = 0.0  # bytes of a message, lately
+        self._large = 0.0  # bytes of the largest message, lately
         self._restart: str | None = None  # why the reading connection is to be made again
         self._again: Exception | None = None  # why the orders in flight have to be given once more
         self._flight = deque[tuple[Word, ...]]()  # orders without a reply, oldest first
         self._looking: Steps[None] | None = None
         self._look_at = 0.0
+        self._looked = 0.0  # into the reading connection
         self._extend_at = time.monotonic() + options.claim / 3
         self._error: errors.IpcError | None = None
         self._refused: list[errors.IpcError] = []
@@ -195,30 +197,21 @@ class GroupIntake:
         wire = self._reading.ready()
         if wire is None or self._asked or self._error is not None:
             return
-        ahead = self._options.prefetch
-        if self._mean * ahead > _BYTES_AHEAD:
-            ahead = max(int(_BYTES_AHEAD / self._mean), 1)
+        ahead = self._options.prefetch if self._large else 1  # the first one shows how large they are
+        if self._large * ahead > _BYTES_AHEAD:
+            ahead = max(int(_BYTES_AHEAD / self._large), 1)
         rooms = [ahead - len(lane.buffer) for lane in self._lanes]
         lanes = [lane for lane, room in zip(self._lanes, rooms, strict=True) if room > 0]
         if not lanes:
             return
         count = min(room for room in rooms if room > 0)
         keys = [lane.key for lane in lanes]
-        self._asked = True
-        # A lane that is full now may have room later, and then must not wait for a message in another.
-        block = 0 if len(lanes) == len(self._lanes) else _PARTLY
-        group: tuple[Word, ...] = (
-            "XREADGROUP",
-            "GROUP",
-            self._group,
-            self._me,
-            "COUNT",
-            count,
-            "BLOCK",
-            block,
-            "STREAMS",
-        )
-        wire.tell(self._read, *group, *keys, *(">" for _ in keys))
+        self._asked, self._asked_for, self._asked_count = True, lanes, count
+        words: tuple[Word, ...] = ("XREADGROUP", "GROUP", self._group, self._me, "COUNT", count)
+        if not any(lane.more for lane in lanes):
+            # A lane that is full now may have room later, and then must not wait for a message in another.
+            words += ("BLOCK", 0 if len(lanes) == len(self._lanes) else _PARTLY)
+        wire.tell(self._read, *words, "STREAMS", *keys, *(">" for _ in keys))
         self._reading.push()
 
     def _read(self, reply: Any) -> None:
@@ -231,8 +224,13 @@ class GroupIntake:
                 self._error.__cause__ = reply
             return
         now = time.monotonic()
+        if now - self._looked > self._options.claim / 4:
+            self._extend_at = 0.0  # nobody knows how long they have been lying in the socket
+        for lane in self._asked_for:
+            lane.more = False
         for key, entries in reply or ():
             lane = self._by_key[key]
+            lane.more = len(self._lanes) > 1 and len(entries) == self._asked_count
             for number, fields in entries:
                 lane.floor = number
                 self._keep(lane, number, fields, 0, now)
@@ -248,7 +246,7 @@ class GroupIntake:
             return
         parcel.token = lane.held[number] = _Held(lane, number, now)
         parcel.priority, parcel.redelivered = lane.priority, deliveries
-        self._mean += (len(parcel.body) - self._mean) / 8
+        self._large = max(len(parcel.body), self._large * 0.9, 1.0)
         lane.buffer.append(parcel)
 
     # receiving
@@ -278,6 +276,8 @@ class GroupIntake:
             self._counts["redelivered"] += parcel.redelivered > 0
             if self._wanted is not None:
                 self._open.append(parcel)
+            if any(lane.buffer for lane in self._lanes):
+                self._rx.ring()  # tasks that receive at once: there is more, and no descriptor says so any more
             return parcel
 
     def _low(self) -> bool:
@@ -297,15 +297,24 @@ class GroupIntake:
                     return parcel
                 lane.held.pop(held.id, None)  # whose time ran out: by now it may be somebody else's
                 self._counts["overdue"] += 1
+            if lane.more:
+                return None  # what is still there goes before the lanes below
         return None
 
     def _turn(self, now: float) -> None:
         """Both connections get further; a look begins when it is time, and goes on."""
+        orders = len(self._flight)
         self._reading.pump(unasked=True)
+        self._looked = now
         if self._restart is not None:
             why, self._restart = self._restart, None
             self._reading.lose(why)
-        self._pump_command(self._tx_bell)
+        self._pump_command(self._tx)
+        self._go_on_looking(now)
+        if len(self._flight) != orders:
+            self._tx.ring()  # the look heard their replies
+
+    def _go_on_looking(self, now: float) -> None:
         wire = self._command.ready()
         if wire is None:
             return
@@ -318,6 +327,7 @@ class GroupIntake:
                 next(self._looking)
             except StopIteration:
                 self._looking = None
+                self._rx.ring()  # whoever armed meanwhile does not know when the next one is due
             except errors.PeerError as error:
                 self._looking = None
                 self._command.lose(error)
@@ -403,7 +413,7 @@ class GroupIntake:
         else:
             self._nack(lane, [held.id], delay, 0)
             self._look_at = min(self._look_at, time.monotonic() + delay)
-            self._rx_bell.ring()
+            self._rx.ring()
 
     def _nack(self, lane: _Lane, ids: Sequence[bytes], delay: float, undo: int) -> None:
         milliseconds = min(int(max(delay, 0.0) * 1000 + 0.999), 1 << 42)
@@ -456,13 +466,15 @@ class GroupIntake:
             if held is not None and held.buffered:
                 held.settled = True
 
-    def _pump_command(self, other: Bell) -> None:
+    def _pump_command(self, other: Ear) -> None:
         """`other`: of the lane that is not ours. What came may have been for it, and nothing else will end its sleep."""
         wire = self._command.ready()
-        waiting = wire.waiting if wire is not None else 0
+        waiting, orders = wire.waiting if wire is not None else 0, len(self._flight)
         self._command.pump(unasked=True)
         if wire is None or waiting != wire.waiting:
             other.ring()
+            if orders > 1:
+                self._tx.ring()  # tasks that settle at once
         if self._again is not None:
             why, self._again = self._again, None
             self._command.lose(f"the server says: {why}")
@@ -471,7 +483,7 @@ class GroupIntake:
         with self._lock:
             self._send_acks()
             if self._flight:
-                self._pump_command(self._rx_bell)
+                self._pump_command(self._rx)
                 if self._flight:
                     return False
             if self._refused:
@@ -483,10 +495,10 @@ class GroupIntake:
     def arm(self, want: Want) -> Wait:
         with self._lock:
             if want & Want.RECV:
-                fds = (self._rx_bell.announce(), *self._reading.fds(), *self._command.fds())
+                fds = (*self._reading.fds(), *self._command.fds())
                 look = max(self._look_at - time.monotonic(), 0.0) if self._looking is None else None
                 return self._rx.wait(fds, soonest(look, self._reading.at_most(), self._command.at_most()))
-            return self._tx.wait((self._tx_bell.announce(), *self._command.fds()), self._command.at_most())
+            return self._tx.wait(self._command.fds(), self._command.at_most())
 
     def counters(self) -> Mapping[str, int]:
         with self._lock:
@@ -495,6 +507,7 @@ class GroupIntake:
     def close(self) -> None:
         """What waits here goes back as if it had never been fetched, what was handed out as handed out once more."""
         with suppress(errors.IpcError):
+            self._reading.pump(unasked=True)
             self._send_acks()
             for lane in self._lanes:
                 waiting = [parcel.token.id for parcel in lane.buffer if not parcel.token.settled]

@@ -38,7 +38,9 @@ def add(dedup: int, exact: bool, maxlen: int | None, maxage: int | None, counted
     trim = f"'MAXLEN', '{'=' if exact else '~'}', '{maxlen}', " if maxlen is not None else ""
     age = ""
     if maxage is not None:
-        oldest = f"local now = redis.call('TIME')\nlocal oldest = string.format('%.0f', now[1] * 1000 - {maxage})\n"
+        oldest = f"""local time = redis.call('TIME')
+local oldest = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000) - {maxage})
+"""
         if trim:
             age = oldest + "redis.call('XTRIM', KEYS[1], 'MINID', '~', oldest)\n"
         else:

@@ -27,6 +27,7 @@ from ._redis_log import Adding, LogOptions, TopicOptions, read_entry, side_key
 from ._redis_scripts import TAIL
 from ._redis_wire import Wire, map_redis
 
+_BYTES_AHEAD = 8 << 20  # of messages to come, judged by those that came
 _COUNT_EVERY = 0.02  # seconds between two questions who is there, while somebody waits for the answer
 
 
@@ -69,7 +70,10 @@ class LogPublisher(Adding):
 
     def subscribers(self) -> int:
         now = time.monotonic()
+        before = len(self._pending)
         self._turn()
+        if len(self._pending) < before:
+            self._ear.ring()
         wire = self.line.ready()
         if wire is not None:
             if self._counting is None and now >= self._count_at:
@@ -87,7 +91,7 @@ class LogPublisher(Adding):
 
     def arm(self, want: Want) -> Wait:
         wait = super().arm(want)
-        if want & Want.RECV and self._counting is None:
+        if want & Want.RECV:
             return Wait(wait.fds, soonest(wait.at_most, max(self._count_at - time.monotonic(), 0.0)))
         return wait
 
@@ -110,7 +114,7 @@ class Tail:
         self._count: int | None = None  # number of the last message we had
         self._gap = 0
         self._asked = False
-        self._mean = 0.0
+        self._large = 0.0
         self._restart: str | None = None
         self._error: errors.IpcError | None = None
         self._buffer = deque[Parcel]()
@@ -143,8 +147,10 @@ class Tail:
         room = self._options.prefetch - len(self._buffer)
         if wire is None or self._asked or room <= 0 or self._error is not None or self._at is None:
             return
-        if self._mean * room > 8 << 20:
-            room = max(int((8 << 20) / self._mean), 1)
+        if not self._large:
+            room = 1  # the first one shows how large they are
+        elif self._large * room > _BYTES_AHEAD:
+            room = max(int(_BYTES_AHEAD / self._large), 1)
         self._asked = True
         wire.tell(self._read, "XREAD", "COUNT", room, "BLOCK", 0, "STREAMS", self._address.name, self._at)
         self._line.push()
@@ -165,7 +171,7 @@ class Tail:
                 self._note(count)
             if self._wanted is None or self._wanted(parcel.topic):
                 parcel.gap, self._gap = self._gap, 0
-                self._mean += (len(parcel.body) - self._mean) / 8
+                self._large = max(len(parcel.body), self._large * 0.9, 1.0)
                 self._buffer.append(parcel)
 
     def _note(self, count: int) -> None:
@@ -190,6 +196,8 @@ class Tail:
                 raise self._error
             return None
         parcel = self._buffer.popleft()
+        if self._buffer:
+            self._ear.ring()  # tasks that receive at once: there is more, and no descriptor says so any more
         self._received += 1
         self._bytes += len(parcel.body)
         return parcel
