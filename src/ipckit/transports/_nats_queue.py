@@ -1,0 +1,726 @@
+"""Queues on JetStream: a stream is the log, a durable consumer of it is a group, its pull requests are our prefetch.
+
+    sender    the message, to the subject <stream>, or <stream>.p<lane>, with its id in `Nats-Msg-Id`
+              -> the server confirms each one; what it does not confirm is sent again, with its id, while the server knows ids
+    receiver  one consumer for each lane; several messages are always asked for, and lie here before anybody wants them
+              -> ack: +ACK, nack: -NAK, extend: +WPI, given up: a copy to <stream>-dead, then +TERM
+
+What is held in this process survives no kill, and does not have to: unconfirmed messages are the caller's still, and
+unacknowledged ones go to somebody else after `ack_wait`. So each line here may be the last one, and after a broken
+connection everything unconfirmed is simply said again.
+
+Limits: a message fits into one payload of the server (1 MiB by default). What a receiver has prefetched counts as
+delivered when it is killed; so with `max_deliver` nothing is prefetched unless `prefetch=` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .. import errors
+from .._spi import Intake, OnFull, Outlet, QueueTerms, Steps, Wait, Want
+from .._url import Url
+from ..message import Parcel, Verdict
+from ._bridge import Bell
+from ._jetstream import (
+    ApiError,
+    Jet,
+    JetOptions,
+    QueueOptions,
+    command,
+    ensure_consumer,
+    ensure_stream,
+    group_name,
+    open_jet,
+    opening,
+    pauses,
+    refusal,
+    stream_name,
+)
+
+MSG_ID = "Nats-Msg-Id"
+_WINDOW = 1024  # messages under way to the server
+_WINDOW_BYTES = 8 << 20
+_HELD = 64 << 10  # bytes that are written together
+_ACKS = 64  # acknowledgements that are written together
+_ACK_SOON = 0.005  # seconds that one of them may wait for others
+_TICK = 0.25  # seconds between two looks at what is unconfirmed
+_RESEND = 1.0  # seconds without an answer before it is said again; then twice as long
+_RESEND_MOST = 4.0
+_EXPIRES = 30.0  # seconds of one pull request
+_HEARTBEAT = 5.0  # seconds between two signs of life of a pull request that brings nothing
+_PREFETCH = 64
+_NS = 10**9
+
+
+def header_block(id: str, headers: Mapping[str, str], extra: str = "") -> bytes:
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+    return f"NATS/1.0\r\n{MSG_ID}: {id}\r\n{extra}{''.join(lines)}\r\n".encode()
+
+
+class _Sent:
+    __slots__ = ("first", "frame", "id", "pause", "repeat")
+
+    def __init__(self, id: str, frame: bytes, now: float) -> None:
+        self.id, self.frame, self.first = id, frame, now
+        self.pause = _RESEND
+        self.repeat = now + _RESEND  # when, unless it is confirmed before
+
+
+class JetOutlet:
+    """An Outlet. A message is ours until the server has confirmed it."""
+
+    def __init__(
+        self,
+        jet: Jet,
+        subject: Callable[[Parcel], tuple[str, str]],
+        limit: int,
+        dedup: float,
+        on_full: OnFull = "error",
+    ) -> None:
+        self._jet = jet
+        self._subject = subject  # of a parcel, and further header lines
+        self._limit = limit
+        self._repeat_for = dedup * 0.9
+        self._on_full = on_full
+        self._bell = Bell(jet.home)
+        self._reply = f"{jet.inbox}.p."
+        self._number = 0
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._pending: dict[int, _Sent] = {}
+        self._bytes_put = self._bytes_over = 0  # by the sender, on the loop; the difference is pending
+        self._failures = deque[errors.IpcError]()
+        self._counters = {"sent": 0, "bytes_sent": 0, "repeated": 0, "duplicates": 0, "dropped": 0}
+        self._watching = False  # somebody wants room, or the end
+        jet.connection.connected = self._resend_all
+        jet.connection.mailboxes.add(self)
+
+    async def start(self) -> None:
+        await self._jet.connection.tap(self._reply + "*", self._confirmed)
+        await self._jet.connection.round_trip()  # messages overtake what the client has not written yet
+        self._jet.spawn(self._keep())
+
+    @property
+    def native(self) -> Any:
+        return self._jet.native
+
+    def ring(self) -> None:
+        self._bell.ring()
+
+    def try_put(self, parcel: Parcel) -> bool:
+        if len(parcel.body) > self._limit:
+            raise errors.MessageTooLarge(
+                f"{len(parcel.body)} bytes, and the limit is {self._limit}", url=self._jet.url, operation="send"
+            )
+        if self._failures:
+            raise self._failures.popleft()
+        if not self._room():
+            self._jet.home.do(self._write)
+            self._jet.check("send")
+            if not self._room():
+                return False
+        subject, extra = self._subject(parcel)
+        headers = header_block(parcel.id, parcel.headers, extra)
+        most = self._jet.client.max_payload
+        if len(headers) + len(parcel.body) > most:
+            raise errors.MessageTooLarge(
+                f"{len(parcel.body)} bytes and headers, and the server takes {most}",
+                url=self._jet.url,
+                operation="send",
+                hint="see its max_payload",
+            )
+        self._number += 1
+        frame = command(subject, f"{self._reply}{self._number}", parcel.body, headers)
+        self._pending[self._number] = _Sent(parcel.id, frame, time.monotonic())
+        self._bytes_put += len(frame)
+        self._held.append(frame)
+        self._held_bytes += len(frame)
+        self._counters["sent"] += 1
+        self._counters["bytes_sent"] += len(parcel.body)
+        if self._held_bytes > _HELD:
+            self._jet.home.do(self._write)
+        return True
+
+    def _room(self) -> bool:
+        return len(self._pending) < _WINDOW and self._bytes_put - self._bytes_over < _WINDOW_BYTES and self._jet.up
+
+    def try_flush(self) -> bool:
+        if self._held:
+            self._jet.home.do(self._write)
+        elif self._pending:
+            self._jet.home.turn()
+        if self._failures:
+            raise self._failures.popleft()
+        if self._pending:
+            self._jet.check("send")
+            return False
+        return True
+
+    def arm(self, want: Want) -> Wait:
+        self._watching = True
+        return self._bell.arm()
+
+    # on the loop
+
+    def _write(self) -> None:
+        self._held_bytes = 0
+        count = len(self._held)  # further ones may be appended by another thread
+        if count:
+            self._jet.connection.write(b"".join(self._held[:count]))  # if not: they are pending, and sent when we can
+            del self._held[:count]
+
+    def _resend_all(self) -> None:
+        self._held.clear()
+        self._resend(list(self._pending.values()))
+
+    def _resend(self, several: list[_Sent]) -> None:
+        if several and self._jet.connection.write(b"".join(sent.frame for sent in several)):
+            now = time.monotonic()
+            for sent in several:
+                sent.repeat = now + sent.pause
+                sent.pause = min(sent.pause * 2, _RESEND_MOST) * random.uniform(0.7, 1.0)
+            self._counters["repeated"] += len(several)
+
+    def _confirmed(self, message: Any) -> None:
+        number = int(message.subject.rpartition(".")[2])
+        sent = self._pending.get(number)
+        if sent is None or (message.headers or {}).get("Status") == "503":
+            return  # nobody there who could store it: said again later
+        data: bytes = message.data
+        if b'"error"' in data or b'"duplicate"' in data:
+            answer = json.loads(data)
+            if "error" in answer and not self._refused(sent, ApiError(answer["error"])):
+                return
+            self._counters["duplicates"] += bool(answer.get("duplicate"))
+        self._forget(number, sent)
+
+    def _refused(self, sent: _Sent, refused: ApiError) -> bool:
+        """True when that is the end of it."""
+        error = refusal(refused, self._jet.url, "send")
+        if isinstance(error, errors.QueueFull) and self._on_full == "drop_new":
+            self._counters["dropped"] += 1
+            return True
+        if refused.status == 503 and not isinstance(error, errors.QueueFull | errors.ResourceLimit):
+            return False
+        if isinstance(error, errors.QueueFull) and self._on_full == "block":
+            sent.first = time.monotonic()  # it was not stored, so its id is of no account yet
+            return False
+        self._failures.append(error)
+        return True
+
+    def _forget(self, number: int, sent: _Sent) -> None:
+        del self._pending[number]
+        self._bytes_over += len(sent.frame)
+        if self._watching and (not self._pending or len(self._pending) == _WINDOW // 2 or self._failures):
+            self._watching = False
+            self._bell.ring()
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK)
+            if not self._pending:
+                continue
+            now = time.monotonic()
+            # Once the server has forgotten the id, saying it again could store it twice.
+            for number, sent in list(self._pending.items()):
+                if now - sent.first > self._repeat_for:
+                    self._failures.append(
+                        errors.OutcomeUnknown(
+                            "sent, and not confirmed for so long that the server may have forgotten its id",
+                            url=self._jet.url,
+                            operation="send",
+                            message_id=sent.id,
+                        )
+                    )
+                    self._forget(number, sent)
+            self._resend([sent for sent in self._pending.values() if now > sent.repeat])
+            self._bell.ring()
+
+    def counters(self) -> Mapping[str, int]:
+        sent = self._counters["sent"] - self._counters["dropped"]
+        return self._counters | {"sent": sent, "reconnects": self._jet.connection.reconnects}
+
+    def close(self) -> None:
+        self._jet.connection.mailboxes.discard(self)
+        self._jet.close()
+        self._bell.close()
+
+    def abandon(self) -> None:
+        self._jet.connection.abandon()
+        self._bell.close()
+
+
+# -- receiving ------------------------------------------------------------------------------------------------------
+
+
+class Delivery:
+    """One message as the server brought it: `parcel.token`."""
+
+    __slots__ = ("at", "message", "pull", "settled")
+
+    def __init__(self, message: Any, pull: Pull, now: float) -> None:
+        self.message = message
+        self.pull = pull
+        self.at = now  # when the server last heard that it is looked after
+        self.settled = False
+
+
+def delivery_facts(reply: str) -> tuple[str, int, int, int]:
+    """Consumer, deliveries, sequence in the stream, sequence in the consumer: $JS.ACK.[domain.account.]stream.consumer..."""
+    tokens = reply.split(".")
+    at = 3 if len(tokens) < 11 else 5
+    return tokens[at], int(tokens[at + 1]), int(tokens[at + 2]), int(tokens[at + 3])
+
+
+class Pull:
+    """The messages of one consumer, asked for before they are wanted. All of it on the loop but `take`."""
+
+    def __init__(self, jet: Jet, stream: str, consumer: str, prefetch: int, ring: Callable[[], None]) -> None:
+        self.jet = jet
+        self.stream = stream
+        self.consumer = consumer
+        self.prefetch = prefetch
+        self.buffer = deque[Delivery]()
+        self.closing = False
+        self.asked = 0  # messages that requests which are under way may still bring
+        self.heard = 0.0
+        self.lost = False  # the consumer is not there any more
+        self._ring = ring
+        self._key = 0
+        self._tap: Any = None
+        self._pauses = pauses()
+        self._not_before = 0.0
+
+    async def start(self) -> None:
+        self._key += 1
+        self._tap = await self.jet.connection.tap(f"{self._inbox}.*", self._deliver)
+        await self.jet.connection.round_trip()  # requests overtake what the client has not written yet
+        self.ask()
+
+    @property
+    def _inbox(self) -> str:
+        return f"{self.jet.inbox}.m{self.consumer}.{self._key}"
+
+    def short(self) -> bool:
+        """Whether it is time to ask for more."""
+        return self.asked + len(self.buffer) <= self.prefetch // 2
+
+    def ask(self) -> None:
+        wanted = max(self.prefetch, 1) - self.asked - len(self.buffer)
+        if wanted <= 0 or self.lost or self.closing or time.monotonic() < self._not_before:
+            return
+        body = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (wanted, _EXPIRES * _NS, _HEARTBEAT * _NS)
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.stream}.{self.consumer}"
+        if self.jet.connection.write(command(subject, f"{self._inbox}.r", body)):
+            self.asked += wanted
+            self.heard = time.monotonic()
+
+    def _deliver(self, message: Any) -> None:
+        """In the midst of the client's work: it must not raise."""
+        now = self.heard = time.monotonic()
+        if message.reply.startswith("$JS.ACK."):
+            self.asked = max(self.asked - 1, 0)
+            if self.closing:
+                self.jet.connection.write(b"PUB %s 4\r\n-NAK\r\n" % message.reply.encode())
+                return
+            self.brought(Delivery(message, self, now))
+            self._ring()
+            return
+        headers = message.headers or {}
+        status = headers.get("Status")
+        if status == "100":
+            return
+        left = headers.get("Nats-Pending-Messages")
+        self.asked = max(self.asked - int(left), 0) if left is not None and left.isdecimal() else 0
+        if status == "409" and "Consumer Deleted" in headers.get("Description", ""):
+            self.missing()
+        elif status in ("404", "408"):
+            self._pauses = pauses()
+            if self.prefetch:
+                self.ask()
+        else:  # no leader, shutting down, nobody there: in a while
+            self._not_before = now + self._pauses()
+        self._ring()
+
+    def brought(self, delivery: Delivery) -> None:
+        self.buffer.append(delivery)
+
+    def missing(self) -> None:
+        self.lost = True
+
+    def again(self) -> None:
+        """After a reconnection: what was asked for before is forgotten by the server."""
+        self.asked = 0
+        self._not_before = 0.0
+        self.ask()
+
+    async def tick(self) -> None:
+        now = time.monotonic()
+        if not self.jet.up or self.lost:
+            return
+        if self.asked and now - self.heard > 2.5 * _HEARTBEAT:
+            # Silence: unless it is only we who have not listened, that request is dead.
+            await self.jet.connection.round_trip()
+            if time.monotonic() - self.heard > 2.5 * _HEARTBEAT:
+                self.jet.connection.unsubscribe(self._tap)
+                self.asked = 0
+                await self.start()
+        elif not self.asked and self._not_before and now >= self._not_before:
+            self._not_before = 0.0
+            if not await self._exists():
+                self.missing()
+                self._ring()
+            elif self.prefetch:
+                self.ask()
+        elif self.prefetch and self.short():
+            self.ask()
+
+    async def _exists(self) -> bool:
+        try:
+            await self.jet.api(f"CONSUMER.INFO.{self.stream}.{self.consumer}")
+        except ApiError as error:
+            return error.status != 404
+        return True
+
+    def hush(self) -> None:
+        """No more of it; what the server has sent already is given back."""
+        self.closing = True
+        if self._tap is not None:
+            self.jet.connection.write(b"UNSUB %d\r\n" % self._tap._id)
+
+
+class JetIntake:
+    """An Intake over one consumer, or one for each lane, the most urgent first."""
+
+    def __init__(
+        self, jet: Jet, stream: str, *, manual: bool, ack_wait: float, max_deliver: int | None, auto: bool = False
+    ) -> None:
+        self._jet = jet
+        self._stream = stream
+        self._confirm = manual
+        self._auto = auto  # acknowledge what was handed out when the next is asked for
+        self._ack_wait = ack_wait
+        self._max_deliver = max_deliver
+        self._pulls: list[Pull] = []
+        self._bell = Bell(jet.home)
+        self._ack_bell = Bell(jet.home)
+        self._reply = f"{jet.inbox}.k."
+        self._number = 0
+        self._acks: list[bytes] = []
+        self._acks_since = 0.0
+        self._unconfirmed: dict[int, bytes] = {}
+        self._said = 0.0
+        self._open = set[Delivery]()  # handed out, not settled
+        self._last: Delivery | None = None
+        self._counters = dict.fromkeys(("received", "bytes_received", "redelivered", "stale", "dead"), 0)
+        jet.connection.connected = self._again
+        jet.connection.last_words = self._give_back
+        jet.connection.mailboxes.add(self)
+
+    async def start(self, consumers: list[str], prefetch: int) -> None:
+        connection = self._jet.connection
+        await connection.tap(self._reply + "*", self._noted)
+        self._pulls = [Pull(self._jet, self._stream, name, prefetch, self._bell.ring) for name in consumers]
+        for pull in self._pulls:
+            await pull.start()
+        self._jet.spawn(self._keep())
+
+    @property
+    def native(self) -> Any:
+        return self._jet.native
+
+    def ring(self) -> None:
+        self._bell.ring()
+        self._ack_bell.ring()
+
+    def arm(self, want: Want) -> Wait:
+        return (self._bell if want & Want.RECV else self._ack_bell).arm()
+
+    def try_get(self) -> Parcel | None:
+        if self._auto and self._last is not None:
+            self._settle(self._last, b"+ACK")
+            self._last = None
+        if self._jet.home.eager:
+            self._bell.silence()
+        delivery = self._take()
+        if delivery is None:
+            self._jet.home.do(self._ask_and_write)
+            delivery = self._take()
+            if delivery is None:
+                self._check("recv")
+                return None
+        elif self._acks and (len(self._acks) >= _ACKS or time.monotonic() - self._acks_since > _ACK_SOON):
+            self._jet.home.do(self._write)
+        return self._hand_out(delivery)
+
+    def _check(self, operation: str) -> None:
+        self._jet.check(operation)
+        for pull in self._pulls:
+            if pull.lost:
+                raise errors.PeerError(
+                    f"the group {pull.consumer!r} of the stream {self._stream!r} was deleted", url=self._jet.url
+                )
+
+    def _take(self) -> Delivery | None:
+        for pull in self._pulls:
+            while pull.buffer:
+                delivery = pull.buffer.popleft()
+                if pull.prefetch and pull.short():
+                    self._jet.home.do(pull.ask)
+                if time.monotonic() - delivery.at > self._ack_wait * 0.9:
+                    self._counters["stale"] += 1  # somebody else gets it, or has it
+                elif self._max_deliver and delivery_facts(delivery.message.reply)[1] > self._max_deliver:
+                    self._jet.home.do(lambda buried=delivery: self._jet.spawn(self._bury(buried)))  # type: ignore[misc]
+                else:
+                    return delivery
+        return None
+
+    def _hand_out(self, delivery: Delivery) -> Parcel:
+        message = delivery.message
+        _, deliveries, sequence, _ = delivery_facts(message.reply)
+        self._open.add(delivery)
+        if self._auto:
+            self._last = delivery
+        counters = self._counters
+        counters["received"] += 1
+        counters["bytes_received"] += len(message.data)
+        counters["redelivered"] += deliveries > 1
+        return parcel_of(message, self._stream, sequence, redelivered=deliveries - 1, token=delivery)
+
+    # settling
+
+    def try_settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> bool:
+        delivery: Delivery | None = parcel.token
+        if delivery is None or delivery.settled:
+            return True
+        if verdict is Verdict.EXTEND:
+            self._say(delivery.message.reply, b"+WPI")
+        elif verdict is Verdict.ACK:
+            self._settle(delivery, b"+ACK")
+        else:
+            self._settle(delivery, b'-NAK {"delay":%d}' % int(delay * _NS) if delay > 0 else b"-NAK")
+        return True
+
+    def _settle(self, delivery: Delivery, word: bytes) -> None:
+        if not delivery.settled:
+            delivery.settled = True
+            self._open.discard(delivery)
+            self._say(delivery.message.reply, word, confirm=self._confirm)
+
+    def _say(self, subject: str, word: bytes, *, confirm: bool = False) -> None:
+        reply = ""
+        if confirm:
+            self._number += 1
+            reply = f"{self._reply}{self._number}"
+        frame = command(subject, reply, word)
+        if confirm:
+            self._unconfirmed[self._number] = frame
+        if not self._acks:
+            self._acks_since = time.monotonic()
+        self._acks.append(frame)
+
+    def try_flush(self) -> bool:
+        if self._acks:
+            self._jet.home.do(self._write)
+        elif self._unconfirmed:
+            self._jet.home.turn()
+        if self._unconfirmed or self._acks:
+            self._check("ack")
+            return False
+        return True
+
+    # on the loop
+
+    def _write(self) -> None:
+        count = len(self._acks)  # further ones may be appended by another thread
+        if count and self._jet.connection.write(b"".join(self._acks[:count])):
+            self._said = time.monotonic()
+            del self._acks[:count]
+
+    def _ask_and_write(self) -> None:
+        self._write()
+        for pull in self._pulls:
+            if not pull.asked:
+                pull.ask()
+
+    def _noted(self, message: Any) -> None:
+        if (message.headers or {}).get("Status") == "503":
+            return  # nobody there who could note it: said again later
+        self._unconfirmed.pop(int(message.subject.rpartition(".")[2]), None)
+        if not self._unconfirmed:
+            self._ack_bell.ring()
+
+    def _again(self) -> None:
+        self._acks.extend(tuple(self._unconfirmed.values()))  # the same thing said twice is harmless
+        self._write()
+        for pull in self._pulls:
+            pull.again()
+
+    async def _keep(self) -> None:
+        looked_after = time.monotonic()
+        while True:
+            await asyncio.sleep(_TICK)
+            try:
+                now = time.monotonic()
+                self._write()
+                if self._unconfirmed and now - self._said > _RESEND:
+                    self._acks.extend(tuple(self._unconfirmed.values()))
+                    self._write()
+                if now - looked_after > self._ack_wait / 3:
+                    looked_after = now
+                    self._look_after(now)
+                for pull in self._pulls:
+                    await pull.tick()
+            except Exception as error:  # the connection broke in the midst of it; the next tick finds another
+                self._jet.connection.error = error
+
+    def _look_after(self, now: float) -> None:
+        """What lies here unasked for must not go to somebody else as well."""
+        waiting = [d for pull in self._pulls for d in tuple(pull.buffer) if now - d.at < self._ack_wait * 0.9]
+        lines = b"".join(command(d.message.reply, "", b"+WPI") for d in waiting)
+        if lines and self._jet.connection.write(lines):
+            for delivery in waiting:
+                delivery.at = now
+
+    async def _bury(self, delivery: Delivery) -> None:
+        """Copy it to the stream of the dead, then give it up. Killed in between, it is copied again, with its id."""
+        message = delivery.message
+        facts = delivery_facts(message.reply)
+        headers = dict(message.headers or {})
+        id = f"{headers.pop(MSG_ID, '')}@{self._stream}.{facts[0]}.{facts[2]}"
+        headers = {name: value for name, value in headers.items() if not name.startswith("Nats-")}
+        headers |= {"x-dead-from": self._stream, "x-dead-group": facts[0], "x-dead-deliveries": str(facts[1] - 1)}
+        await self._jet.insist(f"{self._stream}-dead", message.data, header_block(id, headers))
+        self._counters["dead"] += 1
+        self._say(message.reply, b"+TERM", confirm=True)
+        self._write()
+
+    async def _give_back(self) -> None:
+        """Before the connection closes: everything that was not acknowledged goes to somebody else, now."""
+        self._write()
+        for pull in self._pulls:
+            pull.hush()
+            self._open.update(tuple(pull.buffer))
+            pull.buffer.clear()
+        self._jet.connection.write(
+            b"".join(command(d.message.reply, "", b"-NAK") for d in tuple(self._open) if not d.settled)
+        )
+        await self._jet.connection.round_trip()  # and those that were on their way were given back on the way
+
+    def counters(self) -> Mapping[str, int]:
+        return self._counters | {"reconnects": self._jet.connection.reconnects}
+
+    def close(self) -> None:
+        self._jet.connection.mailboxes.discard(self)
+        self._jet.close()
+        self._bell.close()
+        self._ack_bell.close()
+
+    def abandon(self) -> None:
+        self._jet.connection.abandon()
+        self._bell.close()
+        self._ack_bell.close()
+
+
+def parcel_of(message: Any, stream: str, sequence: int, *, redelivered: int, token: Any = None, gap: int = 0) -> Parcel:
+    headers = message.headers
+    id = ""
+    if headers:
+        id = headers.pop(MSG_ID, "")
+        if headers:
+            headers = {
+                name.lower(): value for name, value in headers.items() if not name.startswith(("Nats-", "Ipckit-"))
+            }
+    subject = message.subject[len(stream) + 1 :]
+    return Parcel(
+        message.data,
+        id or str(sequence),  # of a message that another program published
+        headers or {},
+        int(subject[1:]) if subject[:1] == "p" and subject[1:].isdecimal() else 0,
+        subject,
+        redelivered,
+        gap,
+        token,
+    )
+
+
+# -- opening --------------------------------------------------------------------------------------------------------
+
+
+def sender(url: Url, options: QueueOptions) -> Steps[Outlet]:
+    stream = stream_name(url)
+    subjects = [stream] + [f"{stream}.p{lane}" for lane in range(1, options.lanes)]
+
+    def subject(parcel: Parcel) -> tuple[str, str]:
+        if not 0 <= parcel.priority < options.lanes:
+            raise errors.Unsupported(
+                f"priority {parcel.priority}, and there are {options.lanes} lanes",
+                url=url,
+                operation="send",
+                hint="lanes=4 in the URL of senders and receivers has priorities 0 to 3",
+            )
+        return subjects[parcel.priority], ""
+
+    jet = yield from open_jet(url, options, "sender")
+
+    async def begin() -> JetOutlet:
+        info = await ensure_stream(jet, stream, options)
+        outlet = JetOutlet(jet, subject, options.limit, info["config"]["duplicate_window"] / _NS)
+        await outlet.start()
+        return outlet
+
+    return (yield from opening(jet, begin, "sender"))
+
+
+def receiver(url: Url, options: QueueOptions, terms: QueueTerms) -> Steps[Intake]:
+    stream, group = stream_name(url), group_name(url, terms.group)
+    jet = yield from open_jet(url, options, "receiver")
+
+    async def begin() -> JetIntake:
+        await ensure_stream(jet, stream, options)
+        if options.max_deliver:
+            await ensure_stream(jet, f"{stream}-dead", JetOptions(replicas=options.replicas))
+        lanes = [(group, [])] if options.lanes == 1 else _lanes(stream, group, options.lanes)
+        prefetch = prefetch_of(options, 0 if options.max_deliver else _PREFETCH, len(lanes))
+        return await join(jet, stream, lanes, options, "all", prefetch, terms.manual, options.max_deliver)
+
+    return (yield from opening(jet, begin, "receiver"))
+
+
+def prefetch_of(options: JetOptions, otherwise: int = _PREFETCH, lanes: int = 1) -> int:
+    prefetch = otherwise if options.prefetch is None else options.prefetch
+    return max(prefetch // lanes, 1) if prefetch else 0
+
+
+async def join(
+    jet: Jet,
+    stream: str,
+    consumers: list[tuple[str, list[str]]],
+    options: JetOptions,
+    replay: str,
+    prefetch: int,
+    manual: bool,
+    max_deliver: int | None = None,
+    *,
+    auto: bool = False,
+) -> JetIntake:
+    """An Intake over these durable consumers."""
+    ack_wait = float("inf")
+    for name, filters in consumers:
+        info = await ensure_consumer(jet, stream, name, options, filters, options.replay or replay)
+        ack_wait = min(ack_wait, info["config"]["ack_wait"] / _NS)
+    intake = JetIntake(jet, stream, manual=manual, ack_wait=ack_wait, max_deliver=max_deliver, auto=auto)
+    await intake.start([name for name, _ in consumers], prefetch)
+    return intake
+
+
+def _lanes(stream: str, group: str, lanes: int) -> list[tuple[str, list[str]]]:
+    urgent = [(f"{group}-p{lane}", [f"{stream}.p{lane}"]) for lane in range(lanes - 1, 0, -1)]
+    return [*urgent, (f"{group}-p0", [stream])]
