@@ -4,8 +4,9 @@ import secrets
 import pytest
 import trustme
 
-from ipckit import errors
-from ipckit.testing.conformance import ChannelContract
+from ipckit import Capabilities, errors
+from ipckit.testing.conformance import ChannelContract, QueueContract
+from ipckit.testing.conformance._base import SLACK
 from ipckit.testing.servers import Server, nats_server
 
 
@@ -52,3 +53,39 @@ class TestNatsTls(ChannelContract):
     def url(self, encrypted: tuple[Server, str]) -> str:
         server, authority = encrypted
         return server.address(f"/contract.{secrets.token_hex(4)}", cafile=authority)
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """A server that takes 1 MiB and its headers in one payload."""
+    try:
+        with nats_server(max_payload=8 << 20) as running:
+            yield running
+    except errors.MissingDependency as missing:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(missing))
+
+
+class TestNatsQueue(QueueContract):
+    schemes = ("nats", "nats+tls")
+
+    @pytest.fixture
+    def url(self, roomy: Server) -> str:
+        return roomy.address(f"/queue-{secrets.token_hex(4)}", ack_wait="2s")
+
+    @staticmethod
+    def lease(capabilities: Capabilities) -> float:
+        return 2.0 + SLACK
+
+
+class TestNatsQueueLanes(QueueContract):
+    schemes = ("nats",)
+
+    @pytest.fixture
+    def url(self, roomy: Server) -> str:
+        return roomy.address(f"/queue-{secrets.token_hex(4)}", ack_wait="2s", lanes="3")
+
+    @staticmethod
+    def lease(capabilities: Capabilities) -> float:
+        return 2.0 + SLACK

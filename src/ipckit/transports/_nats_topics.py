@@ -26,7 +26,7 @@ from typing import Any
 from .. import errors
 from .._spi import Intake, Publishing, PublishTerms, Steps, TopicTerms, Wait, Want
 from .._url import Url
-from ..message import Parcel, Verdict
+from ..message import Parcel, Verdict, matches
 from ._bridge import Bell
 from ._jetstream import (
     Jet,
@@ -59,15 +59,9 @@ _NUMBERS = 100_000  # subjects whose numbers are remembered
 _INACTIVE = 300 * 10**9  # ns after which the server drops a consumer whose subscriber was killed
 
 
-def covers(pattern: str, topic: str) -> bool:
-    """As `pubsub.matches`, which transports do not import. A pattern may be asked about as well."""
-    wanted, levels = pattern.split("."), topic.split(".") if topic else []
-    for i, want in enumerate(wanted):
-        if want == ">":
-            return True
-        if i >= len(levels) or levels[i] == ">" or want not in ("*", levels[i]):
-            return False
-    return len(wanted) == len(levels)
+def _covers(pattern: str, other: str) -> bool:
+    """Whether all that the other pattern brings comes with this one."""
+    return matches(pattern, other) and (pattern.endswith(">") or not other.endswith(">"))
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -83,10 +77,12 @@ def subjects_of(stream: str, topics: tuple[str, ...]) -> tuple[list[str], bool]:
     """Subjects that bring each wanted message once, and whether they bring others as well. Nothing: the whole stream."""
     wanted: list[str] = []
     for topic in sorted(set(topics), key=lambda topic: (">" not in topic, "*" not in topic)):
-        if not any(covers(other, topic) for other in wanted):
-            wanted = [other for other in wanted if not covers(topic, other)] + [topic]
+        if not any(_covers(other, topic) for other in wanted):
+            wanted = [other for other in wanted if not _covers(topic, other)] + [topic]
     if ">" in wanted:
         return [], False
+    # For us eu.> has eu itself as well.
+    wanted += [topic[:-2] for topic in wanted if topic.endswith(".>")]
     if any(_overlap(a, b) for i, a in enumerate(wanted) for b in wanted[:i]):
         return [], True
     return [f"{stream}.{topic}" for topic in wanted], False
@@ -447,7 +443,7 @@ class _DurableSubscriber:
             gap = max(sequence - self._last - 1, 0) if self._last else 0
             self._last = sequence
             topic = message.subject[len(self._stream) + 1 :]
-            if self._choosy and not any(covers(pattern, topic) for pattern in self._topics):
+            if self._choosy and not any(matches(pattern, topic) for pattern in self._topics):
                 continue
             if not self._whole:
                 gap = self._gaps.before(message)
@@ -527,7 +523,7 @@ class _CoreSubscriber:
         while self._messages:
             message = self._messages.popleft()
             topic = message.subject[len(self._stream) + 1 :]
-            if self._choosy and not any(covers(pattern, topic) for pattern in self._topics):
+            if self._choosy and not any(matches(pattern, topic) for pattern in self._topics):
                 continue
             gap = 0 if self._group is not None else self._gaps.before(message)
             self._counters["received"] += 1
