@@ -33,6 +33,7 @@ from ..message import Parcel, Verdict
 from ._redis_address import Address, Native
 from ._redis_line import Ear, Line, alive, cards_of, check_fsync, log, me, passes, register, soonest
 from ._redis_log import LogOptions, lane_key, read_entry, side_key
+from ._redis_orders import Order, Orders
 from ._redis_scripts import CLAIM, EXTEND, NACK, TAIL
 from ._redis_wire import Wire, Word, map_redis
 
@@ -96,7 +97,7 @@ class GroupIntake:
         self._lock = threading.Lock()
         self._rx, self._tx = Ear(), Ear()
         self._reading = Line(address, self._enrol, self._reading_opened, self._rx)
-        self._command = Line(address, self._prepare, self._command_opened, self._rx, self._tx)
+        self._orders = Orders(address, self._prepare, self._look_soon, self._answered, self._rx, self._tx)
         self._asked = False
         self._asked_for: list[_Lane] = []
         self._asked_count = 0
@@ -104,21 +105,18 @@ class GroupIntake:
         self._run = ""  # the server's run that it belonged to
         self._large = 0.0  # bytes of the largest message, lately
         self._restart: str | None = None  # why the reading connection is to be made again
-        self._again: Exception | None = None  # why the orders in flight have to be given once more
-        self._flight = deque[tuple[Word, ...]]()  # orders without a reply, oldest first
         self._looking: Steps[None] | None = None
         self._look_at = 0.0
         self._looked = 0.0  # into the reading connection
         self._extend_at = time.monotonic() + options.claim / 3
         self._error: errors.IpcError | None = None
-        self._refused: list[errors.IpcError] = []
         self._counts = dict.fromkeys(
             ("received", "bytes_received", "redelivered", "dead_letters", "trimmed", "overdue", "regrouped"), 0
         )
 
     def open(self) -> Steps[None]:
         try:
-            yield from self._command.open()
+            yield from self._orders.line.open()
             yield from self._reading.open()
         except BaseException:
             self.close()
@@ -132,11 +130,9 @@ class GroupIntake:
         for script in (CLAIM, NACK, EXTEND):
             yield from wire.ask("SCRIPT", "LOAD", script.text)
 
-    def _command_opened(self, wire: Wire) -> None:
+    def _look_soon(self) -> None:
         self._looking = None
         self._look_at = 0.0
-        for words in self._flight:
-            wire.tell(self._done, *words)
 
     def _enrol(self, wire: Wire) -> Steps[None]:
         """Make the groups, say that we are there, and fetch what is ours and never reached us."""
@@ -177,7 +173,7 @@ class GroupIntake:
 
     def _recover(self, wire: Wire, lane: _Lane) -> Steps[None]:
         # Not what the user has settled, and the server has not heard of yet: that goes on the other connection.
-        settled = {*lane.acks, *(word for words in self._flight for word in words)}
+        settled = {*lane.acks, *(word for words in self._orders.flight for word in words)}
         start = "-"
         while True:
             mine = yield from wire.ask("XPENDING", lane.key, self._group, start, "+", 500, self._me)
@@ -207,7 +203,7 @@ class GroupIntake:
         count = min(room for room in rooms if room > 0)
         keys = [lane.key for lane in lanes]
         self._asked, self._asked_for, self._asked_count = True, lanes, count
-        words: tuple[Word, ...] = ("XREADGROUP", "GROUP", self._group, self._me, "COUNT", count)
+        words: Order = ("XREADGROUP", "GROUP", self._group, self._me, "COUNT", count)
         if not any(lane.more for lane in lanes):
             # A lane that is full now may have room later, and then must not wait for a message in another.
             words += ("BLOCK", 0 if len(lanes) == len(self._lanes) else _PARTLY)
@@ -303,19 +299,19 @@ class GroupIntake:
 
     def _turn(self, now: float) -> None:
         """Both connections get further; a look begins when it is time, and goes on."""
-        orders = len(self._flight)
+        orders = len(self._orders.flight)
         self._reading.pump(unasked=True)
         self._looked = now
         if self._restart is not None:
             why, self._restart = self._restart, None
             self._reading.lose(why)
-        self._pump_command(self._tx)
+        self._orders.pump(self._tx)
         self._go_on_looking(now)
-        if len(self._flight) != orders:
+        if len(self._orders.flight) != orders:
             self._tx.ring()  # the look heard their replies
 
     def _go_on_looking(self, now: float) -> None:
-        wire = self._command.ready()
+        wire = self._orders.line.ready()
         if wire is None:
             return
         if self._looking is None and now >= self._look_at:
@@ -330,7 +326,7 @@ class GroupIntake:
                 self._rx.ring()  # whoever armed meanwhile does not know when the next one is due
             except errors.PeerError as error:
                 self._looking = None
-                self._command.lose(error)
+                self._orders.line.lose(error)
             except errors.IpcError as error:
                 self._looking = None  # NOGROUP: the reading connection mends it. Others: what reads will meet it too
                 log.debug("%s: looking for what others left: %s", self._address.url, error.message)
@@ -340,7 +336,7 @@ class GroupIntake:
             summary = yield from wire.ask("XPENDING", lane.key, self._group)
             cards = cards_of((yield from wire.ask("HGETALL", lane.readers)))
             cards.pop(self._me, None)
-            gone, old = yield from alive(wire, self._command.run, cards)
+            gone, old = yield from alive(wire, self._orders.line.run, cards)
             room = self._options.prefetch - len(lane.buffer)
             if room > 0 and (summary[0] or gone or old):
                 before = len(lane.buffer)
@@ -356,7 +352,7 @@ class GroupIntake:
         gone: Mapping[str, str] | None = None,
         old: Mapping[str, str] | None = None,
         mine: Sequence[Word] = (),
-    ) -> tuple[Word, ...]:
+    ) -> Order:
         options = self._options
         keys = (lane.key, lane.later, lane.dead, lane.readers)
         terms = (self._group, self._me, room, int(options.claim * 1000), options.max_deliver)
@@ -408,7 +404,7 @@ class GroupIntake:
             del lane.held[held.id]
         if verdict is Verdict.ACK:
             lane.acks.append(held.id)
-            if not self._flight or len(lane.acks) >= _ACKS:
+            if not self._orders.flight or len(lane.acks) >= _ACKS:
                 self._send_acks()
         else:
             self._nack(lane, [held.id], delay, 0)
@@ -418,44 +414,26 @@ class GroupIntake:
     def _nack(self, lane: _Lane, ids: Sequence[bytes], delay: float, undo: int) -> None:
         milliseconds = min(int(max(delay, 0.0) * 1000 + 0.999), 1 << 42)
         keys = (lane.key, lane.later)
-        self._tell(("EVALSHA", NACK.sha, 2, *keys, self._group, self._me, milliseconds, undo, *ids))
+        self._orders.give(("EVALSHA", NACK.sha, 2, *keys, self._group, self._me, milliseconds, undo, *ids))
 
     def _extend(self, lane: _Lane, held: Sequence[_Held]) -> None:
-        order: tuple[Word, ...] = ("EVALSHA", EXTEND.sha, 1, lane.key, self._group, self._me, *(one.id for one in held))
-        if order in self._flight:
+        order: Order = ("EVALSHA", EXTEND.sha, 1, lane.key, self._group, self._me, *(one.id for one in held))
+        if order in self._orders.flight:
             return  # the caller asks whether it is done
         now = time.monotonic()
         for one in held:
             one.since = now
-        self._tell(order)
+        self._orders.give(order)
 
     def _send_acks(self) -> None:
         for lane in self._lanes:
             if lane.acks:
-                self._tell(("XACK", lane.key, self._group, *lane.acks))
+                self._orders.give(("XACK", lane.key, self._group, *lane.acks))
                 lane.acks.clear()
 
-    def _tell(self, words: tuple[Word, ...]) -> None:
-        wire = self._command.ready()
-        self._flight.append(words)
-        if wire is not None:
-            wire.tell(self._done, *words)
-            self._command.push()
-
-    def _done(self, reply: Any) -> None:
-        if self._again is not None:
-            return
-        if isinstance(reply, Exception):
-            if passes(reply):
-                self._again = reply
-                return
-            if not str(reply).startswith("NOGROUP"):  # then there is nothing to settle
-                error = map_redis(reply, self._address.url, "ack")
-                error.__cause__ = reply
-                self._refused.append(error)
-        words = self._flight.popleft()
-        if isinstance(reply, list) and reply:
-            self._lost(str(words[3]), reply)
+    def _answered(self, order: Order, reply: Any) -> None:
+        if isinstance(reply, list) and reply:  # of EXTEND
+            self._lost(str(order[3]), reply)
 
     def _lost(self, key: str, ids: Sequence[bytes]) -> None:
         """Extended too late: what waits here is not handed out any more."""
@@ -466,43 +444,27 @@ class GroupIntake:
             if held is not None and held.buffered:
                 held.settled = True
 
-    def _pump_command(self, other: Ear) -> None:
-        """`other`: of the lane that is not ours. What came may have been for it, and nothing else will end its sleep."""
-        wire = self._command.ready()
-        waiting, orders = wire.waiting if wire is not None else 0, len(self._flight)
-        self._command.pump(unasked=True)
-        if wire is None or waiting != wire.waiting:
-            other.ring()
-            if orders > 1:
-                self._tx.ring()  # tasks that settle at once
-        if self._again is not None:
-            why, self._again = self._again, None
-            self._command.lose(f"the server says: {why}")
-
     def try_flush(self) -> bool:
         with self._lock:
             self._send_acks()
-            if self._flight:
-                self._pump_command(self._rx)
-                if self._flight:
+            if self._orders.flight:
+                self._orders.pump(self._rx)
+                if self._orders.flight:
                     return False
-            if self._refused:
-                first = self._refused[0]
-                self._refused.clear()
-                raise first
+            self._orders.check()
             return True
 
     def arm(self, want: Want) -> Wait:
         with self._lock:
             if want & Want.RECV:
-                fds = (*self._reading.fds(), *self._command.fds())
+                fds = (*self._reading.fds(), *self._orders.line.fds())
                 look = max(self._look_at - time.monotonic(), 0.0) if self._looking is None else None
-                return self._rx.wait(fds, soonest(look, self._reading.at_most(), self._command.at_most()))
-            return self._tx.wait(self._command.fds(), self._command.at_most())
+                return self._rx.wait(fds, soonest(look, self._reading.at_most(), self._orders.line.at_most()))
+            return self._tx.wait(self._orders.line.fds(), self._orders.line.at_most())
 
     def counters(self) -> Mapping[str, int]:
         with self._lock:
-            return self._counts | {"reconnects": self._reading.reconnects + self._command.reconnects}
+            return self._counts | {"reconnects": self._reading.reconnects + self._orders.line.reconnects}
 
     def close(self) -> None:
         """What waits here goes back as if it had never been fetched, what was handed out as handed out once more."""
@@ -517,12 +479,12 @@ class GroupIntake:
                 if others:
                     self._nack(lane, others, 0.0, 0)
         self._reading.close()
-        self._command.close()
+        self._orders.line.close()
         self._rx.close()
         self._tx.close()
 
     def abandon(self) -> None:
         self._reading.abandon()
-        self._command.abandon()
+        self._orders.line.abandon()
         self._rx.close()
         self._tx.close()
