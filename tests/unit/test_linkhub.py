@@ -158,8 +158,7 @@ def test_garbage_costs_one_subscriber(bad):
     ):
         evil.send(bad, 5)
         with pytest.raises(errors.PeerError):
-            while True:
-                evil.recv(5)
+            until_it_ends(evil)
         publisher.publish(b"x", "t")
         assert good.recv(5).value == b"x"
         assert publisher.stats()["subscribers"] == 1

@@ -117,9 +117,12 @@ def send_slowly(sender):
 
 
 def test_two_of_a_kind_are_told():
-    with ipckit.sender("unix://q", listen=True), ipckit.sender("unix://q") as other:
-        with pytest.raises(errors.ProtocolError, match="sender where a receiver should be"):
-            send_slowly(other)
+    with (
+        ipckit.sender("unix://q", listen=True),
+        ipckit.sender("unix://q") as other,
+        pytest.raises(errors.ProtocolError, match="sender where a receiver should be"),
+    ):
+        send_slowly(other)
 
 
 def test_the_foreign_producer_of_the_docs():
