@@ -17,7 +17,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from . import errors
@@ -189,6 +189,10 @@ class Crowd(Generic[M]):
                 self._knocked, self._door_armed = True, False
             elif isinstance(key, Member) and not key.lost:
                 key.armed = False
+                if (
+                    not key.unsent
+                ):  # there is room: who waited for it tries again, and says so again if it is not enough
+                    key.want = Want.RECV
                 self.heat(key)  # type: ignore[arg-type]
         if self._unhailed:
             self._hail()
@@ -310,6 +314,15 @@ class Crowd(Generic[M]):
             member.armed = True
             self.heat(member)
         self._tepid.clear()
+
+    def rounds(self) -> Iterator[None]:
+        """For a `tend`: once, then until all were told that we are about to sleep; but not for ever, it has the lock."""
+        yield
+        for _ in range(8):
+            if not self.restless:
+                break
+            self.arm()
+            yield
 
     def sleep(self, until: float | None = None) -> Wait:
         """What a caller sleeps on, after `arm`."""

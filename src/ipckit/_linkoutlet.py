@@ -163,11 +163,11 @@ class LinkOutlet:
         with self._lock:
             if self._closed:
                 return None
-            self._round()
-            while self._crowd.restless:
-                self._crowd.arm()
+            for _ in self._crowd.rounds():
                 self._round()
             self._crowd.wake()
+            if self._crowd.restless:
+                return self._crowd.watch.wait(0)
             idle, self._calls_seen = self._calls == self._calls_seen, self._calls
             if self._again or self._delayed or any(taker.unsent for taker in self._crowd.members):
                 return self._crowd.watch.wait(self._delayed[0][0] if self._delayed else None)

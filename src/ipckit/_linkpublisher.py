@@ -193,17 +193,13 @@ class LinkPublisher:
 
     def tend(self) -> Wait | None:
         with self._lock:
-            while True:
-                if self._closed:
-                    if not self._wind_up():
-                        return None
-                else:
+            for _ in self._crowd.rounds():
+                if not self._closed:
                     self._round()
-                if not self._crowd.restless:
-                    break
-                self._crowd.arm()
+                elif not self._wind_up():
+                    return None
             self._crowd.wake()
-            return self._crowd.watch.wait(self._deadline)
+            return self._crowd.watch.wait(0 if self._crowd.restless else self._deadline)
 
     def lingers(self) -> bool:
         return self._deadline is not None
