@@ -3,7 +3,7 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 from ipckit.testing.servers import Server, redis_server
 
 
@@ -19,3 +19,27 @@ class TestRedis(ChannelContract):
     @pytest.fixture
     def url(self, server: Server) -> str:
         return server.address(f"/0/contract-{uuid4().hex}")
+
+
+class TestRedisQueue(QueueContract):
+    schemes = ("redis", "redis+unix", "rediss")
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return server.address(f"/0/queue-{uuid4().hex}")
+
+
+class TestRedisQueueLanes(QueueContract):
+    schemes = ("redis",)
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return server.address(f"/0/queue-{uuid4().hex}", lanes="3")
+
+
+class TestRedisTopics(PubSubContract):
+    schemes = ("redis", "redis+unix", "rediss")
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return server.address(f"/0/topics-{uuid4().hex}")

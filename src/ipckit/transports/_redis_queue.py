@@ -464,7 +464,8 @@ class GroupIntake:
 
     def counters(self) -> Mapping[str, int]:
         with self._lock:
-            return self._counts | {"reconnects": self._reading.reconnects + self._orders.line.reconnects}
+            lost = {"dropped": self._counts["trimmed"]} if self._wanted is not None else {}
+            return self._counts | lost | {"reconnects": self._reading.reconnects + self._orders.line.reconnects}
 
     def close(self) -> None:
         """What waits here goes back as if it had never been fetched, what was handed out as handed out once more."""

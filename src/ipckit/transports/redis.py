@@ -1,6 +1,9 @@
-"""`redis://host:port/db/name`, `rediss://` (TLS), `redis+unix:///socket?db=0&name=NAME`: channels over Redis Streams.
+"""`redis://host:port/db/name`, `rediss://` (TLS), `redis+unix:///socket?db=0&name=NAME`: everything over Redis Streams.
 
-Works with Redis 6.2 and later, and Valkey. Each side of a channel makes one stream and reads it, the other writes it:
+Works with Redis 6.2 and later, and Valkey, alone or watched by Sentinels. Queues are one stream and consumer groups
+(`_redis_log` adds, `_redis_queue` receives), topics one stream that everybody reads (`_redis_topics`); this module has the channels.
+
+Each side of a channel makes one stream and reads it, the other writes it:
 
     ipckit:{NAME}:listener    string: the card of the listener
     ipckit:{NAME}:desk:ID     stream: its rendezvous mailbox
@@ -454,6 +457,8 @@ class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[Topic
     capabilities = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub"}),
         durable=True,
+        headers=True,
+        redelivery=True,
         consumer_groups=True,
         replay=True,
         native_topics=True,
