@@ -5,7 +5,7 @@ import pytest
 import trustme
 
 from ipckit import Capabilities, errors
-from ipckit.testing.conformance import ChannelContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 from ipckit.testing.conformance._base import SLACK
 from ipckit.testing.servers import Server, nats_server
 
@@ -89,3 +89,11 @@ class TestNatsQueueLanes(QueueContract):
     @staticmethod
     def lease(capabilities: Capabilities) -> float:
         return 2.0 + SLACK
+
+
+class TestNatsTopics(PubSubContract):
+    schemes = ("nats",)
+
+    @pytest.fixture
+    def url(self, roomy: Server) -> str:
+        return roomy.address(f"/topics-{secrets.token_hex(4)}")

@@ -49,7 +49,7 @@ _WINDOW = 1024  # messages under way to the server
 _WINDOW_BYTES = 8 << 20
 _HELD = 64 << 10  # bytes that are written together
 _ACKS = 64  # acknowledgements that are written together
-_ACK_SOON = 0.005  # seconds that one of them may wait for others
+_ACK_SOON = 0.005  # seconds that one of them waits for others, while somebody receives
 _TICK = 0.25  # seconds between two looks at what is unconfirmed
 _RESEND = 1.0  # seconds without an answer before it is said again; then twice as long
 _RESEND_MOST = 4.0
@@ -145,7 +145,7 @@ class JetOutlet:
         self._counters["sent"] += 1
         self._counters["bytes_sent"] += len(parcel.body)
         if self._held_bytes > _HELD:
-            self._jet.home.do(self._write)
+            self._jet.home.poke(self._write)
         return True
 
     def _room(self) -> bool:
@@ -153,7 +153,7 @@ class JetOutlet:
 
     def try_flush(self) -> bool:
         if self._held:
-            self._jet.home.do(self._write)
+            self._jet.home.poke(self._write)
         elif self._pending:
             self._jet.home.turn()
         if self._failures:
@@ -407,6 +407,8 @@ class JetIntake:
         self._confirm = manual
         self._auto = auto  # acknowledge what was handed out when the next is asked for
         self._ack_wait = ack_wait
+        # In the worst case they wait for the caretaker of the loop, who comes after a second.
+        self._ack_soon = _ACK_SOON if ack_wait > 5 else 0.0
         self._max_deliver = max_deliver
         self._pulls: list[Pull] = []
         self._bell = Bell(jet.home)
@@ -441,7 +443,10 @@ class JetIntake:
         self._ack_bell.ring()
 
     def arm(self, want: Want) -> Wait:
-        return (self._bell if want & Want.RECV else self._ack_bell).arm()
+        if not want & Want.RECV:
+            return self._ack_bell.arm()
+        wait = self._bell.arm()
+        return wait._replace(at_most=_ACK_SOON) if self._acks and self._jet.up else wait
 
     def try_get(self) -> Parcel | None:
         if self._auto and self._last is not None:
@@ -451,14 +456,22 @@ class JetIntake:
             self._bell.silence()
         delivery = self._take()
         if delivery is None:
-            self._jet.home.do(self._ask_and_write)
+            if self._late_acks() or not all(pull.asked for pull in self._pulls):
+                self._jet.home.poke(self._ask_and_write)
+            self._jet.home.turn()
             delivery = self._take()
             if delivery is None:
                 self._check("recv")
                 return None
-        elif self._acks and (len(self._acks) >= _ACKS or time.monotonic() - self._acks_since > _ACK_SOON):
-            self._jet.home.do(self._write)
+        elif self._late_acks():
+            self._jet.home.poke(self._write)
         return self._hand_out(delivery)
+
+    def _late_acks(self) -> bool:
+        """Whether acknowledgements have waited for others long enough. A call to the system costs more than all else here."""
+        return bool(self._acks) and (
+            self._confirm or len(self._acks) >= _ACKS or time.monotonic() - self._acks_since > self._ack_soon
+        )
 
     def _check(self, operation: str) -> None:
         self._jet.check(operation)
@@ -473,7 +486,7 @@ class JetIntake:
             while pull.buffer:
                 delivery = pull.buffer.popleft()
                 if pull.prefetch and pull.short():
-                    self._jet.home.do(pull.ask)
+                    self._jet.home.poke(pull.ask)
                 if time.monotonic() - delivery.at > self._ack_wait * 0.9:
                     self._counters["stale"] += 1  # somebody else gets it, or has it
                 elif self._max_deliver and delivery_facts(delivery.message.reply)[1] > self._max_deliver:
@@ -528,7 +541,7 @@ class JetIntake:
 
     def try_flush(self) -> bool:
         if self._acks:
-            self._jet.home.do(self._write)
+            self._jet.home.poke(self._write)
         elif self._unconfirmed:
             self._jet.home.turn()
         if self._unconfirmed or self._acks:

@@ -148,7 +148,7 @@ class _Roll:
         name: bytes = message.data
         if name[:1] == b"-":
             self._seen.pop(name[1:], None)
-        elif len(name) <= 64:
+        elif 0 < len(name) <= 64:  # nothing: the server says that nobody is there
             self._seen[name] = time.monotonic()
         self.changed()
 
@@ -328,7 +328,7 @@ class _Reading(Pull):
         super().__init__(jet, stream, "", max(prefetch, 1), ring)
         self._filters = filters
         self._begin = beginning(replay)
-        self.seen = 0  # sequence in the stream; 0: nothing yet, and it is not known what came before
+        self.seen: int | None = None  # sequence in the stream; None: it is not known yet where we began
         self._due = 1  # sequence in the consumer
         self._making = False
         if "opt_start_seq" in self._begin:
@@ -343,7 +343,7 @@ class _Reading(Pull):
             "mem_storage": True,
             "num_replicas": 1,
             "inactive_threshold": _INACTIVE,
-            **(beginning(str(self.seen + 1)) if self.seen else self._begin),
+            **(self._begin if self.seen is None else beginning(str(self.seen + 1))),
         }
         if len(self._filters) == 1:
             config["filter_subject"] = self._filters[0]
@@ -440,7 +440,7 @@ class _DurableSubscriber:
             if self._pull.short():
                 self._jet.home.do(self._pull.ask)
             sequence = delivery_facts(message.reply)[2]
-            gap = max(sequence - self._last - 1, 0) if self._last else 0
+            gap = 0 if self._last is None else max(sequence - self._last - 1, 0)
             self._last = sequence
             topic = message.subject[len(self._stream) + 1 :]
             if self._choosy and not any(matches(pattern, topic) for pattern in self._topics):

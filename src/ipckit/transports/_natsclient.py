@@ -170,7 +170,7 @@ class Connection:
 
     def write(self, commands: bytes) -> bool:
         """On the loop only: protocol lines to the socket at once, or False while there is no connection."""
-        if self._stream is None or not self.client.is_connected:
+        if self._stream is None or self._stream.is_closing() or not self.client.is_connected:
             return False
         self._stream.write(commands)
         return True
