@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import queue
 import re
+import ssl
 import subprocess
+import threading
 import time
 
 import pytest
@@ -243,6 +246,61 @@ def test_the_password_stays_out_of_the_log(caplog):
             ipckit.receiver(wrong)
     assert "connecting again" in caplog.text
     assert "hunter2" not in caplog.text
+
+
+@contextlib.contextmanager
+def encrypted(server, directory):
+    """A port that speaks TLS, and passes on to the server: its binary may be built without."""
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(directory / "ca.pem")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    target = parse(server.url).host
+
+    async def copy(reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def passing(reader, writer):
+        back, forth = await asyncio.open_connection(target.name, target.port)
+        await asyncio.gather(copy(reader, forth), copy(back, writer))
+
+    async def main():
+        async with await asyncio.start_server(passing, "127.0.0.1", 0, ssl=context) as listening:
+            opened.put((asyncio.get_running_loop(), listening.sockets[0].getsockname()[1], over := asyncio.Event()))
+            await over.wait()
+
+    opened = queue.SimpleQueue()
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    loop, port, over = opened.get(timeout=10)
+    try:
+        yield f"rediss://127.0.0.1:{port}", str(directory / "ca.pem")
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the proxy's broken connections
+def test_over_tls(server, tmp_path, client, name):
+    with encrypted(server, tmp_path) as (place, authority):
+        url = f"{place}/0/{name}?ca={authority}"
+        with ipckit.sender(url) as jobs, ipckit.receiver(url, ack="manual") as work:
+            for round_ in range(3):
+                jobs.send_many([b"x" * size for size in (0, 1, 100_000, 1_000_000)], timeout=20)
+                for size in (0, 1, 100_000, 1_000_000):
+                    message = work.recv(timeout=20)
+                    assert len(message.value) == size, round_
+                    message.ack()
+                client.client_kill_filter(_type="normal", skipme=True)
+            assert jobs.stats()["reconnects"] + work.stats()["reconnects"] > 0
+        with pytest.raises(errors.IpcError):
+            ipckit.sender(f"{place}/0/{name}", timeout=10)
+    assert client.xlen(name) == 12
 
 
 @contextlib.contextmanager
