@@ -1,5 +1,6 @@
 """Topics on NATS: on a stream, and with `durable=0` without one."""
 
+import asyncio
 import os
 import secrets
 import time
@@ -8,10 +9,12 @@ import pytest
 
 pytest.importorskip("nats")
 
+import nats
+
 import ipckit
 from ipckit import errors
 from ipckit.testing.servers import nats_server
-from ipckit.transports._nats_topics import subjects_of
+from ipckit.transports._nats_roll import subjects_of
 
 HANG = 20
 
@@ -123,6 +126,19 @@ def test_subscribers_and_publishers_outlive_the_server():
             assert alone.stats()["dropped"] == 0
             assert alone.stats()["reconnects"] >= 1
             assert prices.stats()["reconnects"] >= 1
+
+
+def test_a_stream_that_is_deleted_is_told(shared, name):
+    async def delete():
+        client = await nats.connect(shared.url)
+        await client.jetstream().delete_stream(name)
+        await client.close()
+
+    with ipckit.subscriber(shared.address(f"/{name}")) as alone:
+        assert not drain(alone)
+        asyncio.run(delete())
+        with pytest.raises(errors.ConfigError, match="stream not found"):
+            alone.recv(HANG)
 
 
 @pytest.mark.parametrize("durable", ["1", "0"])

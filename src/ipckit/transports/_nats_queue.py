@@ -16,20 +16,16 @@ delivered when it is killed; so with `max_deliver` nothing is prefetched unless 
 from __future__ import annotations
 
 import asyncio
-import json
-import random
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from .. import errors
-from .._spi import Intake, OnFull, Outlet, QueueTerms, Steps, Wait, Want
+from .._spi import Intake, Outlet, QueueTerms, Steps, Wait, Want
 from .._url import Url
 from ..message import Parcel, Verdict
 from ._bridge import Bell
 from ._jetstream import (
-    ApiError,
     Jet,
     JetOptions,
     QueueOptions,
@@ -39,361 +35,17 @@ from ._jetstream import (
     group_name,
     open_jet,
     opening,
-    pauses,
-    refusal,
     stream_name,
 )
+from ._nats_outlet import MSG_ID, JetOutlet, header_block
+from ._nats_pull import Delivery, Pull, delivery_facts, parcel_of
 
-MSG_ID = "Nats-Msg-Id"
-_WINDOW = 1024  # messages under way to the server
-_WINDOW_BYTES = 8 << 20
-_HELD = 64 << 10  # bytes that are written together
 _ACKS = 64  # acknowledgements that are written together
 _ACK_SOON = 0.005  # seconds that one of them waits for others, while somebody receives
 _TICK = 0.25  # seconds between two looks at what is unconfirmed
-_RESEND = 1.0  # seconds without an answer before it is said again; then twice as long
-_RESEND_MOST = 4.0
-_EXPIRES = 30.0  # seconds of one pull request
-_HEARTBEAT = 5.0  # seconds between two signs of life of a pull request that brings nothing
+_RESEND = 1.0  # seconds without an answer before it is said again
 _PREFETCH = 64
 _NS = 10**9
-
-
-def header_block(id: str, headers: Mapping[str, str], extra: str = "") -> bytes:
-    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-    return f"NATS/1.0\r\n{MSG_ID}: {id}\r\n{extra}{''.join(lines)}\r\n".encode()
-
-
-class _Sent:
-    __slots__ = ("first", "frame", "id", "pause", "repeat")
-
-    def __init__(self, id: str, frame: bytes, now: float) -> None:
-        self.id, self.frame, self.first = id, frame, now
-        self.pause = _RESEND
-        self.repeat = now + _RESEND  # when, unless it is confirmed before
-
-
-class JetOutlet:
-    """An Outlet. A message is ours until the server has confirmed it."""
-
-    def __init__(
-        self,
-        jet: Jet,
-        subject: Callable[[Parcel], tuple[str, str]],
-        limit: int,
-        dedup: float,
-        on_full: OnFull = "error",
-    ) -> None:
-        self._jet = jet
-        self._subject = subject  # of a parcel, and further header lines
-        self._limit = limit
-        self._repeat_for = dedup * 0.9
-        self._on_full = on_full
-        self._bell = Bell(jet.home)
-        self._reply = f"{jet.inbox}.p."
-        self._number = 0
-        self._held: list[bytes] = []
-        self._held_bytes = 0
-        self._pending: dict[int, _Sent] = {}
-        self._bytes_put = self._bytes_over = 0  # by the sender, on the loop; the difference is pending
-        self._failures = deque[errors.IpcError]()
-        self._counters = {"sent": 0, "bytes_sent": 0, "repeated": 0, "duplicates": 0, "dropped": 0}
-        self._watching = False  # somebody wants room, or the end
-        jet.connection.connected = self._resend_all
-        jet.connection.mailboxes.add(self)
-
-    async def start(self) -> None:
-        await self._jet.connection.tap(self._reply + "*", self._confirmed)
-        await self._jet.connection.round_trip()  # messages overtake what the client has not written yet
-        self._jet.spawn(self._keep())
-
-    @property
-    def native(self) -> Any:
-        return self._jet.native
-
-    def ring(self) -> None:
-        self._bell.ring()
-
-    def try_put(self, parcel: Parcel) -> bool:
-        if len(parcel.body) > self._limit:
-            raise errors.MessageTooLarge(
-                f"{len(parcel.body)} bytes, and the limit is {self._limit}", url=self._jet.url, operation="send"
-            )
-        if self._failures:
-            raise self._failures.popleft()
-        if not self._room():
-            self._jet.home.do(self._write)
-            self._jet.check("send")
-            if not self._room():
-                return False
-        subject, extra = self._subject(parcel)
-        headers = header_block(parcel.id, parcel.headers, extra)
-        most = self._jet.client.max_payload
-        if len(headers) + len(parcel.body) > most:
-            raise errors.MessageTooLarge(
-                f"{len(parcel.body)} bytes and headers, and the server takes {most}",
-                url=self._jet.url,
-                operation="send",
-                hint="see its max_payload",
-            )
-        self._number += 1
-        frame = command(subject, f"{self._reply}{self._number}", parcel.body, headers)
-        self._pending[self._number] = _Sent(parcel.id, frame, time.monotonic())
-        self._bytes_put += len(frame)
-        self._held.append(frame)
-        self._held_bytes += len(frame)
-        self._counters["sent"] += 1
-        self._counters["bytes_sent"] += len(parcel.body)
-        if self._held_bytes > _HELD:
-            self._jet.home.poke(self._write)
-        return True
-
-    def _room(self) -> bool:
-        return len(self._pending) < _WINDOW and self._bytes_put - self._bytes_over < _WINDOW_BYTES and self._jet.up
-
-    def try_flush(self) -> bool:
-        if self._held:
-            self._jet.home.poke(self._write)
-        elif self._pending:
-            self._jet.home.turn()
-        if self._failures:
-            raise self._failures.popleft()
-        if self._pending:
-            self._jet.check("send")
-            return False
-        return True
-
-    def arm(self, want: Want) -> Wait:
-        self._watching = True
-        return self._bell.arm()
-
-    # on the loop
-
-    def _write(self) -> None:
-        self._held_bytes = 0
-        count = len(self._held)  # further ones may be appended by another thread
-        if count:
-            self._jet.connection.write(b"".join(self._held[:count]))  # if not: they are pending, and sent when we can
-            del self._held[:count]
-
-    def _resend_all(self) -> None:
-        self._held.clear()
-        self._resend(list(self._pending.values()))
-
-    def _resend(self, several: list[_Sent]) -> None:
-        if several and self._jet.connection.write(b"".join(sent.frame for sent in several)):
-            now = time.monotonic()
-            for sent in several:
-                sent.repeat = now + sent.pause
-                sent.pause = min(sent.pause * 2, _RESEND_MOST) * random.uniform(0.7, 1.0)
-            self._counters["repeated"] += len(several)
-
-    def _confirmed(self, message: Any) -> None:
-        number = int(message.subject.rpartition(".")[2])
-        sent = self._pending.get(number)
-        if sent is None or (message.headers or {}).get("Status") == "503":
-            return  # nobody there who could store it: said again later
-        data: bytes = message.data
-        if b'"error"' in data or b'"duplicate"' in data:
-            answer = json.loads(data)
-            if "error" in answer and not self._refused(sent, ApiError(answer["error"])):
-                return
-            self._counters["duplicates"] += bool(answer.get("duplicate"))
-        self._forget(number, sent)
-
-    def _refused(self, sent: _Sent, refused: ApiError) -> bool:
-        """True when that is the end of it."""
-        error = refusal(refused, self._jet.url, "send")
-        if isinstance(error, errors.QueueFull) and self._on_full == "drop_new":
-            self._counters["dropped"] += 1
-            return True
-        if refused.status == 503 and not isinstance(error, errors.QueueFull | errors.ResourceLimit):
-            return False
-        if isinstance(error, errors.QueueFull) and self._on_full == "block":
-            sent.first = time.monotonic()  # it was not stored, so its id is of no account yet
-            return False
-        self._failures.append(error)
-        return True
-
-    def _forget(self, number: int, sent: _Sent) -> None:
-        del self._pending[number]
-        self._bytes_over += len(sent.frame)
-        if self._watching and (not self._pending or len(self._pending) == _WINDOW // 2 or self._failures):
-            self._watching = False
-            self._bell.ring()
-
-    async def _keep(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK)
-            if not self._pending:
-                continue
-            now = time.monotonic()
-            # Once the server has forgotten the id, saying it again could store it twice.
-            for number, sent in list(self._pending.items()):
-                if now - sent.first > self._repeat_for:
-                    self._failures.append(
-                        errors.OutcomeUnknown(
-                            "sent, and not confirmed for so long that the server may have forgotten its id",
-                            url=self._jet.url,
-                            operation="send",
-                            message_id=sent.id,
-                        )
-                    )
-                    self._forget(number, sent)
-            self._resend([sent for sent in self._pending.values() if now > sent.repeat])
-            self._bell.ring()
-
-    def counters(self) -> Mapping[str, int]:
-        sent = self._counters["sent"] - self._counters["dropped"]
-        return self._counters | {"sent": sent, "reconnects": self._jet.connection.reconnects}
-
-    def close(self) -> None:
-        self._jet.connection.mailboxes.discard(self)
-        self._jet.close()
-        self._bell.close()
-
-    def abandon(self) -> None:
-        self._jet.connection.abandon()
-        self._bell.close()
-
-
-# -- receiving ------------------------------------------------------------------------------------------------------
-
-
-class Delivery:
-    """One message as the server brought it: `parcel.token`."""
-
-    __slots__ = ("at", "message", "pull", "settled")
-
-    def __init__(self, message: Any, pull: Pull, now: float) -> None:
-        self.message = message
-        self.pull = pull
-        self.at = now  # when the server last heard that it is looked after
-        self.settled = False
-
-
-def delivery_facts(reply: str) -> tuple[str, int, int, int]:
-    """Consumer, deliveries, sequence in the stream, sequence in the consumer: $JS.ACK.[domain.account.]stream.consumer..."""
-    tokens = reply.split(".")
-    at = 3 if len(tokens) < 11 else 5
-    return tokens[at], int(tokens[at + 1]), int(tokens[at + 2]), int(tokens[at + 3])
-
-
-class Pull:
-    """The messages of one consumer, asked for before they are wanted. All of it on the loop but `take`."""
-
-    def __init__(self, jet: Jet, stream: str, consumer: str, prefetch: int, ring: Callable[[], None]) -> None:
-        self.jet = jet
-        self.stream = stream
-        self.consumer = consumer
-        self.prefetch = prefetch
-        self.buffer = deque[Delivery]()
-        self.closing = False
-        self.asked = 0  # messages that requests which are under way may still bring
-        self.heard = 0.0
-        self.lost = False  # the consumer is not there any more
-        self._ring = ring
-        self._key = 0
-        self._tap: Any = None
-        self._pauses = pauses()
-        self._not_before = 0.0
-
-    async def start(self) -> None:
-        self._key += 1
-        self._tap = await self.jet.connection.tap(f"{self._inbox}.*", self._deliver)
-        await self.jet.connection.round_trip()  # requests overtake what the client has not written yet
-        self.ask()
-
-    @property
-    def _inbox(self) -> str:
-        return f"{self.jet.inbox}.m{self.consumer}.{self._key}"
-
-    def short(self) -> bool:
-        """Whether it is time to ask for more."""
-        return self.asked + len(self.buffer) <= self.prefetch // 2
-
-    def ask(self) -> None:
-        wanted = max(self.prefetch, 1) - self.asked - len(self.buffer)
-        if wanted <= 0 or self.lost or self.closing or time.monotonic() < self._not_before:
-            return
-        body = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (wanted, _EXPIRES * _NS, _HEARTBEAT * _NS)
-        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.stream}.{self.consumer}"
-        if self.jet.connection.write(command(subject, f"{self._inbox}.r", body)):
-            self.asked += wanted
-            self.heard = time.monotonic()
-
-    def _deliver(self, message: Any) -> None:
-        """In the midst of the client's work: it must not raise."""
-        now = self.heard = time.monotonic()
-        if message.reply.startswith("$JS.ACK."):
-            self.asked = max(self.asked - 1, 0)
-            if self.closing:
-                self.jet.connection.write(b"PUB %s 4\r\n-NAK\r\n" % message.reply.encode())
-                return
-            self.brought(Delivery(message, self, now))
-            self._ring()
-            return
-        headers = message.headers or {}
-        status = headers.get("Status")
-        if status == "100":
-            return
-        left = headers.get("Nats-Pending-Messages")
-        self.asked = max(self.asked - int(left), 0) if left is not None and left.isdecimal() else 0
-        if status == "409" and "Consumer Deleted" in headers.get("Description", ""):
-            self.missing()
-        elif status in ("404", "408"):
-            self._pauses = pauses()
-            if self.prefetch:
-                self.ask()
-        else:  # no leader, shutting down, nobody there: in a while
-            self._not_before = now + self._pauses()
-        self._ring()
-
-    def brought(self, delivery: Delivery) -> None:
-        self.buffer.append(delivery)
-
-    def missing(self) -> None:
-        self.lost = True
-
-    def again(self) -> None:
-        """After a reconnection: what was asked for before is forgotten by the server."""
-        self.asked = 0
-        self._not_before = 0.0
-        self.ask()
-
-    async def tick(self) -> None:
-        now = time.monotonic()
-        if not self.jet.up or self.lost:
-            return
-        if self.asked and now - self.heard > 2.5 * _HEARTBEAT:
-            # Silence: unless it is only we who have not listened, that request is dead.
-            await self.jet.connection.round_trip()
-            if time.monotonic() - self.heard > 2.5 * _HEARTBEAT:
-                self.jet.connection.unsubscribe(self._tap)
-                self.asked = 0
-                await self.start()
-        elif not self.asked and self._not_before and now >= self._not_before:
-            self._not_before = 0.0
-            if not await self._exists():
-                self.missing()
-                self._ring()
-            elif self.prefetch:
-                self.ask()
-        elif self.prefetch and self.short():
-            self.ask()
-
-    async def _exists(self) -> bool:
-        try:
-            await self.jet.api(f"CONSUMER.INFO.{self.stream}.{self.consumer}")
-        except ApiError as error:
-            return error.status != 404
-        return True
-
-    def hush(self) -> None:
-        """No more of it; what the server has sent already is given back."""
-        self.closing = True
-        if self._tap is not None:
-            self.jet.connection.write(b"UNSUB %d\r\n" % self._tap._id)
 
 
 class JetIntake:
@@ -640,28 +292,6 @@ class JetIntake:
         self._jet.connection.abandon()
         self._bell.close()
         self._ack_bell.close()
-
-
-def parcel_of(message: Any, stream: str, sequence: int, *, redelivered: int, token: Any = None, gap: int = 0) -> Parcel:
-    headers = message.headers
-    id = ""
-    if headers:
-        id = headers.pop(MSG_ID, "")
-        if headers:
-            headers = {
-                name.lower(): value for name, value in headers.items() if not name.startswith(("Nats-", "Ipckit-"))
-            }
-    subject = message.subject[len(stream) + 1 :]
-    return Parcel(
-        message.data,
-        id or str(sequence),  # of a message that another program published
-        headers or {},
-        int(subject[1:]) if subject[:1] == "p" and subject[1:].isdecimal() else 0,
-        subject,
-        redelivered,
-        gap,
-        token,
-    )
 
 
 # -- opening --------------------------------------------------------------------------------------------------------
