@@ -106,6 +106,30 @@ def test_a_sender_and_a_receiver_outlive_the_server(own):
         assert not drain(received)
 
 
+def test_a_server_that_forgets_its_deliveries_holds_nobody_up(own):
+    """It is killed right after it delivered: an acknowledgement is answered by nobody then, and nothing comes twice."""
+    url = own.address("/jobs")
+    with ipckit.sender(url) as jobs, ipckit.receiver(url, ack="manual") as received:
+        got = []
+        for burst in range(8):
+            jobs.send_many([b"%d %d" % (burst, number) for number in range(40)], HANG)
+            for _ in range(5):
+                message = received.recv(HANG)
+                got.append(message.value)
+                message.ack()
+            message = received.recv(HANG)
+            own.kill()
+            own.start()
+            got.append(message.value)
+            message.ack()
+        while len(got) < 8 * 40:
+            message = received.recv(HANG)
+            got.append(message.value)
+            message.ack()
+        assert not drain(received)
+        assert sorted(got) == sorted(b"%d %d" % (burst, number) for burst in range(8) for number in range(40))
+
+
 def test_a_receiver_that_sleeps_wakes_after_a_restart(own):
     url = own.address("/jobs")
     with ipckit.sender(url) as jobs, ipckit.receiver(url) as received:

@@ -25,13 +25,21 @@ _NS = 10**9
 class Delivery:
     """One message as the server brought it: `parcel.token`."""
 
-    __slots__ = ("at", "message", "pull", "settled")
+    __slots__ = ("at", "forgotten", "message", "pull", "settled")
 
     def __init__(self, message: Any, pull: Pull, now: float) -> None:
         self.message = message
         self.pull = pull
         self.at = now  # when the server last heard that it is looked after
         self.settled = False
+        self.forgotten = False  # by the server: see `Pull.reconcile`
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Which stored message it is, at every delivery: its sequence in the stream, and when it was stored."""
+        tokens = self.message.reply.split(".")
+        at = 5 if len(tokens) < 11 else 7
+        return tokens[at], tokens[at + 2]
 
 
 def delivery_facts(reply: str) -> tuple[str, int, int, int]:
@@ -54,6 +62,7 @@ class Pull:
         self.asked = 0  # messages that requests which are under way may still bring
         self.heard = 0.0
         self.lost = False  # the consumer is not there any more
+        self.paused = False  # until it is known what the server knows
         self._ring = ring
         self._key = 0
         self._tap: Any = None
@@ -76,7 +85,7 @@ class Pull:
 
     def ask(self) -> None:
         wanted = max(self.prefetch, 1) - self.asked - len(self.buffer)
-        if wanted <= 0 or self.lost or self.closing or time.monotonic() < self._not_before:
+        if wanted <= 0 or self.lost or self.paused or self.closing or time.monotonic() < self._not_before:
             return
         body = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (wanted, _EXPIRES * _NS, _HEARTBEAT * _NS)
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self.stream}.{self.consumer}"
@@ -125,7 +134,7 @@ class Pull:
 
     async def tick(self) -> None:
         now = time.monotonic()
-        if not self.jet.up or self.lost:
+        if not self.jet.up or self.lost or self.paused:
             return
         if self.asked and now - self.heard > 2.5 * _HEARTBEAT:
             # Silence: unless it is only we who have not listened, that request is dead.
@@ -145,11 +154,33 @@ class Pull:
             self.ask()
 
     async def _exists(self) -> bool:
+        return await self._delivered() is not None
+
+    async def _delivered(self) -> int | None:
+        """The last sequence in the stream that the server has handed out, as far as it remembers. None: no consumer."""
         try:
-            await self.jet.api(f"CONSUMER.INFO.{self.stream}.{self.consumer}")
+            info = await self.jet.api(f"CONSUMER.INFO.{self.stream}.{self.consumer}")
         except ApiError as error:
-            return error.status != 404
-        return True
+            if error.status == 404:
+                return None
+            raise
+        return int(info["delivered"]["stream_seq"])
+
+    async def reconcile(self, handed_out: list[Delivery]) -> None:
+        """Find out which deliveries the server has forgotten.
+
+        It confirms what is published when that is on the disk; what it delivers, it writes down later. Killed in between,
+        it hands the same messages out again as if for the first time, and does not answer to acknowledgements of
+        what it knows nothing of.
+        """
+        mine = [delivery for delivery in handed_out if delivery.pull is self]
+        waiting = list(self.buffer)
+        known = await self._delivered()
+        if known is None:
+            self.missing()
+            return
+        for delivery in mine + waiting:
+            delivery.forgotten = int(delivery.identity[0]) > known
 
     def hush(self) -> None:
         """No more of it; what the server has sent already is given back."""

@@ -7,7 +7,8 @@
 
 What is held in this process survives no kill, and does not have to: unconfirmed messages are the caller's still, and
 unacknowledged ones go to somebody else after `ack_wait`. So each line here may be the last one, and after a broken
-connection everything unconfirmed is simply said again.
+connection everything unconfirmed is simply said again. A server that is killed may have forgotten what it delivered last
+(`Pull.reconcile`), and delivers it again; what was acknowledged here is then acknowledged once more, and not handed out.
 
 Limits: a message fits into one payload of the server (1 MiB by default). What a receiver has prefetched counts as
 delivered when it is killed; so with `max_deliver` nothing is prefetched unless `prefetch=` says so.
@@ -45,6 +46,7 @@ _ACK_SOON = 0.005  # seconds that one of them waits for others, while somebody r
 _TICK = 0.25  # seconds between two looks at what is unconfirmed
 _RESEND = 1.0  # seconds without an answer before it is said again
 _PREFETCH = 64
+_DONE = 16384  # acknowledged messages that are known again when the server has forgotten that
 _NS = 10**9
 
 
@@ -69,11 +71,13 @@ class JetIntake:
         self._number = 0
         self._acks: list[bytes] = []
         self._acks_since = 0.0
-        self._unconfirmed: dict[int, bytes] = {}
+        self._unconfirmed: dict[int, tuple[bytes, Delivery]] = {}
+        self._done: dict[tuple[str, str], None] = {}  # acknowledged of late, the oldest first
+        self._generation = 0  # of the connection
         self._said = 0.0
         self._open = set[Delivery]()  # handed out, not settled
         self._last: Delivery | None = None
-        self._counters = dict.fromkeys(("received", "bytes_received", "redelivered", "stale", "dead"), 0)
+        self._counters = dict.fromkeys(("received", "bytes_received", "redelivered", "repeated", "stale", "dead"), 0)
         jet.connection.connected = self._again
         jet.connection.last_words = self._give_back
         jet.connection.mailboxes.add(self)
@@ -139,7 +143,12 @@ class JetIntake:
                 delivery = pull.buffer.popleft()
                 if pull.prefetch and pull.short():
                     self._jet.home.poke(pull.ask)
-                if time.monotonic() - delivery.at > self._ack_wait * 0.9:
+                if delivery.identity in self._done:
+                    self._counters["repeated"] += 1
+                    self._say(delivery, b"+ACK")
+                elif delivery.forgotten:
+                    pass  # it comes again
+                elif time.monotonic() - delivery.at > self._ack_wait * 0.9:
                     self._counters["stale"] += 1  # somebody else gets it, or has it
                 elif self._max_deliver and delivery_facts(delivery.message.reply)[1] > self._max_deliver:
                     self._jet.home.do(lambda buried=delivery: self._jet.spawn(self._bury(buried)))  # type: ignore[misc]
@@ -166,7 +175,7 @@ class JetIntake:
         if delivery is None or delivery.settled:
             return True
         if verdict is Verdict.EXTEND:
-            self._say(delivery.message.reply, b"+WPI")
+            self._say(delivery, b"+WPI")
         elif verdict is Verdict.ACK:
             self._settle(delivery, b"+ACK")
         else:
@@ -174,19 +183,25 @@ class JetIntake:
         return True
 
     def _settle(self, delivery: Delivery, word: bytes) -> None:
-        if not delivery.settled:
-            delivery.settled = True
-            self._open.discard(delivery)
-            self._say(delivery.message.reply, word, confirm=self._confirm)
+        if delivery.settled:
+            return
+        delivery.settled = True
+        self._open.discard(delivery)
+        if word == b"+ACK":
+            self._done[delivery.identity] = None
+            if len(self._done) > _DONE:
+                self._done.pop(next(iter(self._done)), None)
+        if not delivery.forgotten:
+            self._say(delivery, word, confirm=self._confirm)
 
-    def _say(self, subject: str, word: bytes, *, confirm: bool = False) -> None:
+    def _say(self, delivery: Delivery, word: bytes, *, confirm: bool = False) -> None:
         reply = ""
         if confirm:
             self._number += 1
             reply = f"{self._reply}{self._number}"
-        frame = command(subject, reply, word)
+        frame = command(delivery.message.reply, reply, word)
         if confirm:
-            self._unconfirmed[self._number] = frame
+            self._unconfirmed[self._number] = frame, delivery
         if not self._acks:
             self._acks_since = time.monotonic()
         self._acks.append(frame)
@@ -218,15 +233,40 @@ class JetIntake:
     def _noted(self, message: Any) -> None:
         if (message.headers or {}).get("Status") == "503":
             return  # nobody there who could note it: said again later
-        self._unconfirmed.pop(int(message.subject.rpartition(".")[2]), None)
+        self._confirmed(int(message.subject.rpartition(".")[2]))
+
+    def _confirmed(self, number: int) -> None:
+        self._unconfirmed.pop(number, None)
         if not self._unconfirmed:
             self._ack_bell.ring()
 
     def _again(self) -> None:
-        self._acks.extend(tuple(self._unconfirmed.values()))  # the same thing said twice is harmless
-        self._write()
+        """Connected again: first of all, what does the server know?"""
+        self._generation += 1
         for pull in self._pulls:
-            pull.again()
+            pull.paused = True
+        self._jet.spawn(self._resume(self._generation))
+
+    async def _resume(self, generation: int) -> None:
+        await self._reconcile()
+        if generation == self._generation:
+            for pull in self._pulls:
+                pull.paused = False
+                pull.again()
+            self.ring()
+
+    async def _reconcile(self) -> None:
+        handed_out = [*self._open, *(delivery for _, delivery in self._unconfirmed.values())]
+        for pull in self._pulls:
+            await pull.reconcile(handed_out)
+        for number, (_, delivery) in list(self._unconfirmed.items()):
+            if delivery.forgotten:
+                self._confirmed(number)
+        self._repeat()
+
+    def _repeat(self) -> None:
+        self._acks.extend([frame for frame, _ in self._unconfirmed.values()])  # said twice it is harmless
+        self._write()
 
     async def _keep(self) -> None:
         looked_after = time.monotonic()
@@ -236,8 +276,7 @@ class JetIntake:
                 now = time.monotonic()
                 self._write()
                 if self._unconfirmed and now - self._said > _RESEND:
-                    self._acks.extend(tuple(self._unconfirmed.values()))
-                    self._write()
+                    await self._reconcile()
                 if now - looked_after > self._ack_wait / 3:
                     looked_after = now
                     self._look_after(now)
@@ -264,7 +303,7 @@ class JetIntake:
         headers |= {"x-dead-from": self._stream, "x-dead-group": facts[0], "x-dead-deliveries": str(facts[1] - 1)}
         await self._jet.insist(f"{self._stream}-dead", message.data, header_block(id, headers))
         self._counters["dead"] += 1
-        self._say(message.reply, b"+TERM", confirm=True)
+        self._say(delivery, b"+TERM", confirm=True)
         self._write()
 
     async def _give_back(self) -> None:
