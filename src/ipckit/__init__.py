@@ -11,6 +11,9 @@ from ._url import Url
 from .channel import Channel, ChannelStats, Listener, connect, listen, pair
 from .codecs import Codec
 from .errors import IpcError
+from .message import Message
+from .pubsub import Publisher, Subscriber, publisher, subscriber
+from .queue import Receiver, Sender, receiver, sender
 
 __version__ = "0.1.0"
 
@@ -21,7 +24,12 @@ __all__ = [
     "Codec",
     "IpcError",
     "Listener",
+    "Message",
     "Peer",
+    "Publisher",
+    "Receiver",
+    "Sender",
+    "Subscriber",
     "Url",
     "capabilities",
     "codecs",
@@ -29,6 +37,10 @@ __all__ = [
     "errors",
     "listen",
     "pair",
+    "publisher",
+    "receiver",
     "register",
     "schemes",
+    "sender",
+    "subscriber",
 ]

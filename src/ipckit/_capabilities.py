@@ -38,6 +38,8 @@ class Capabilities:
     priorities: int = 0  # number of levels; 0 has none
     zero_copy: bool = False  # loan() and borrow()
     max_message: int | None = None  # bytes; None: only the endpoint's `limit=`
+    headers: bool = False  # ids and headers travel with the messages of queues and topics
+    redelivery: bool = False  # what a receiver of a queue took and did not acknowledge is handed out again
     consumer_groups: bool = False
     replay: bool = False
     native_topics: bool = False

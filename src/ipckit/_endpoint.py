@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from . import _registry, errors
 from ._capabilities import Capabilities, Pattern
-from ._spi import Abandoning, Steps
+from ._spi import Abandoning, Located, Steps
 from ._url import Url, parse
 from ._wait import Gate, Lane, arun, run
 from .codecs import Codec, choose
@@ -82,6 +82,11 @@ class Endpoint:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}{' closed' if self.closed else ''}>"
+
+
+def located(resource: object, url: Url) -> Url:
+    """Where it can be reached, where that is more than what was asked for."""
+    return resource.url if isinstance(resource, Located) else url
 
 
 class Opening:

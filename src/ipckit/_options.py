@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from ._url import Url
 from .errors import BadOption
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-zµ]*)\Z")
 #: In nanoseconds, so that 20us is exactly 2e-05.
@@ -110,6 +111,14 @@ class LinkOptions:
     """What every Channel takes."""
 
     limit: int = option(DEFAULT_LIMIT, size, "largest message, in bytes; larger ones are refused")
+
+
+def read_both(first: type[T], second: type[U], url: Url) -> tuple[T, U]:
+    """Options of two kinds in one URL, such as those of a pattern and of its transport. Names are of one kind only."""
+    mine = {f.name for f in fields(first)}  # type: ignore[arg-type]
+    own = tuple(pair for pair in url.options if pair[0] in mine)
+    rest = tuple(pair for pair in url.options if pair[0] not in mine)
+    return read(first, replace(url, options=own)), read(second, replace(url, options=rest))
 
 
 def read(cls: type[T], url: Url) -> T:

@@ -29,15 +29,16 @@ into it when the time is up, and closes it when the caller is cancelled; at each
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from . import errors
 from ._capabilities import Capabilities
 from ._url import Url
+from .message import Parcel, Verdict
 
 T = TypeVar("T")
 
@@ -240,3 +241,139 @@ class Transport(ABC, Generic[OptionsT]):
     def pair(self, url: Url, options: OptionsT) -> tuple[Link, Link]:
         """Two connected ends."""
         raise errors.Unsupported("this transport makes no pairs", url=url, hint="use listen() and connect()")
+
+
+# -- queues and topics -------------------------------------------------------------------------------------------
+
+
+class Outlet(Protocol):
+    """The sending side of a queue, or a publisher. `try_` never waits; `arm`, `close` and threads as for a Link."""
+
+    @property
+    def native(self) -> Any: ...
+
+    def try_put(self, parcel: Parcel) -> bool:
+        """Take the parcel, or return False when there is no room now.
+
+        Raises: MessageTooLarge; Unsupported for a header, priority or topic that this transport cannot carry.
+        """
+
+    def try_flush(self) -> bool:
+        """True when everything that was put is the responsibility of somebody who outlives us (or, where nobody does, has
+        left this process). Raises what became of a parcel otherwise.
+        """
+
+    def arm(self, want: Want) -> Wait: ...
+
+    def counters(self) -> Mapping[str, int]:
+        """Since it was opened: "sent", "bytes_sent", and what this transport has to say ("dropped", "reconnects" ...)."""
+
+    def close(self) -> None: ...
+
+
+class Intake(Protocol):
+    """The receiving side of a queue, or a subscriber."""
+
+    @property
+    def native(self) -> Any: ...
+
+    def try_get(self) -> Parcel | None: ...
+
+    def try_settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> bool:
+        """Take the verdict, or return False when there is no room now. A parcel that was settled, or needs no settling, is
+        taken and forgotten. `delay`: seconds, of NACK.
+        """
+
+    def try_flush(self) -> bool:
+        """True when every verdict is noted where it counts."""
+
+    def arm(self, want: Want) -> Wait: ...
+
+    def counters(self) -> Mapping[str, int]:
+        """Since it was opened: "received", "bytes_received", and what this transport has to say ("redelivered" ...)."""
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Draining(Protocol):
+    """An outlet whose messages depend on this process until they are acknowledged."""
+
+    def try_drain(self) -> bool:
+        """True when none of them does. `arm(Want.RECV)` announces that we sleep until then."""
+
+
+@runtime_checkable
+class Located(Protocol):
+    """An outlet or intake that listens: where it can be reached, with the port that the system chose."""
+
+    @property
+    def url(self) -> Url: ...
+
+
+class Publishing(Outlet, Protocol):
+    """An Outlet that fans out."""
+
+    def subscribers(self) -> int:
+        """How many subscribers are there now. `arm(Want.RECV)` announces that we sleep until there are more."""
+
+
+OnFull: TypeAlias = Literal["block", "drop_old", "drop_new", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishTerms:
+    """What a publisher asks for: what a slow subscriber costs, and how many last messages of a topic a late one is given."""
+
+    on_full: OnFull = "block"
+    retain: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueTerms:
+    """How a receiver wants to take part.
+
+    Attributes:
+        group: receivers of one group share the messages, each group gets them all; None: the transport's only group.
+        manual: the user acknowledges; else it is done for them when they ask for the next message.
+    """
+
+    group: str | None = None
+    manual: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopicTerms:
+    """How a subscriber wants to take part.
+
+    Attributes:
+        topics: patterns of dot-separated levels; `*` is one level, `>` the rest.
+        group: subscribers of one group share the messages; None: each gets them all.
+    """
+
+    topics: tuple[str, ...] = (">",)
+    group: str | None = None
+
+
+class Queues(ABC, Generic[OptionsT]):
+    """Mixed into a Transport that has queues of its own. The others get them over links (`_linkqueue`)."""
+
+    queue_options: ClassVar[type[Any]]
+
+    @abstractmethod
+    def sender(self, url: Url, options: OptionsT) -> Steps[Outlet]: ...
+
+    @abstractmethod
+    def receiver(self, url: Url, options: OptionsT, terms: QueueTerms) -> Steps[Intake]: ...
+
+
+class Topics(ABC, Generic[OptionsT]):
+    """Mixed into a Transport that has topics of its own. The others get them over links (`_linkhub`)."""
+
+    topic_options: ClassVar[type[Any]]
+
+    @abstractmethod
+    def publisher(self, url: Url, options: OptionsT, terms: PublishTerms) -> Steps[Publishing]: ...
+
+    @abstractmethod
+    def subscriber(self, url: Url, options: OptionsT, terms: TopicTerms) -> Steps[Intake]: ...

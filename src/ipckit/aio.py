@@ -11,5 +11,30 @@ from .channel import AsyncListener as Listener
 from .channel import aconnect as connect
 from .channel import alisten as listen
 from .channel import apair as pair
+from .message import AsyncMessage as Message
+from .pubsub import AsyncPublisher as Publisher
+from .pubsub import AsyncSubscriber as Subscriber
+from .pubsub import apublisher as publisher
+from .pubsub import asubscriber as subscriber
+from .queue import AsyncReceiver as Receiver
+from .queue import AsyncSender as Sender
+from .queue import areceiver as receiver
+from .queue import asender as sender
 
-__all__ = ["Channel", "Listener", "capabilities", "connect", "listen", "pair"]
+__all__ = [
+    "Channel",
+    "Listener",
+    "Message",
+    "Publisher",
+    "Receiver",
+    "Sender",
+    "Subscriber",
+    "capabilities",
+    "connect",
+    "listen",
+    "pair",
+    "publisher",
+    "receiver",
+    "sender",
+    "subscriber",
+]

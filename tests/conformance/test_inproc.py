@@ -2,12 +2,24 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestInproc(ChannelContract):
     schemes = ("inproc",)
 
+    @pytest.fixture
+    def url(self) -> str:
+        return f"inproc://{uuid4().hex}"
+
+
+class TestInprocQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"inproc://{uuid4().hex}"
+
+
+class TestInprocTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return f"inproc://{uuid4().hex}"

@@ -3,7 +3,9 @@ import secrets
 import pytest
 import trustme
 
-from ipckit.testing.conformance import ChannelContract, broker
+from ipckit import Capabilities
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, broker
+from ipckit.testing.conformance._base import SLACK
 from ipckit.testing.servers import Server, nats_server
 
 
@@ -42,3 +44,42 @@ class TestNatsTls(ChannelContract):
     def url(self, encrypted: tuple[Server, str]) -> str:
         server, authority = encrypted
         return server.address(f"/contract.{secrets.token_hex(4)}", cafile=authority)
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """A server that takes 1 MiB and its headers in one payload."""
+    with broker(nats_server(max_payload=8 << 20)) as running:
+        yield running
+
+
+class TestNatsQueue(QueueContract):
+    schemes = ("nats", "nats+tls")
+
+    @pytest.fixture
+    def url(self, roomy: Server) -> str:
+        return roomy.address(f"/queue-{secrets.token_hex(4)}", ack_wait="2s")
+
+    @staticmethod
+    def lease(capabilities: Capabilities) -> float:
+        return 2.0 + SLACK
+
+
+class TestNatsQueueLanes(QueueContract):
+    schemes = ("nats",)
+
+    @pytest.fixture
+    def url(self, roomy: Server) -> str:
+        return roomy.address(f"/queue-{secrets.token_hex(4)}", ack_wait="2s", lanes="3")
+
+    @staticmethod
+    def lease(capabilities: Capabilities) -> float:
+        return 2.0 + SLACK
+
+
+class TestNatsTopics(PubSubContract):
+    schemes = ("nats",)
+
+    @pytest.fixture
+    def url(self, roomy: Server) -> str:
+        return roomy.address(f"/topics-{secrets.token_hex(4)}")

@@ -3,7 +3,7 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, broker
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, broker
 from ipckit.testing.servers import Server, redis_server
 
 
@@ -27,3 +27,27 @@ class TestRedisUnix(ChannelContract):
     @pytest.fixture
     def url(self, server: Server) -> str:
         return f"redis+unix://{server.socket}?name=contract-{uuid4().hex}"
+
+
+class TestRedisQueue(QueueContract):
+    schemes = ("redis", "redis+unix", "rediss")
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return server.address(f"/0/queue-{uuid4().hex}")
+
+
+class TestRedisQueueLanes(QueueContract):
+    schemes = ("redis",)
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return server.address(f"/0/queue-{uuid4().hex}", lanes="3")
+
+
+class TestRedisTopics(PubSubContract):
+    schemes = ("redis", "redis+unix", "rediss")
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return server.address(f"/0/topics-{uuid4().hex}")

@@ -1,11 +1,23 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestShm(ChannelContract):
     schemes = ("shm",)
 
+    @pytest.fixture
+    def url(self) -> str:
+        return "shm://contract"
+
+
+class TestShmQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "shm://contract"
+
+
+class TestShmTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "shm://contract"

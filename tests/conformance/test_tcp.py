@@ -1,11 +1,23 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
 
 
 class TestTcp(ChannelContract):
     schemes = ("tcp",)
 
+    @pytest.fixture
+    def url(self) -> str:
+        return f"tcp://127.0.0.1:{free_port()}"
+
+
+class TestTcpQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"tcp://127.0.0.1:{free_port()}"
+
+
+class TestTcpTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return f"tcp://127.0.0.1:{free_port()}"

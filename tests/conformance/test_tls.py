@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from ipckit.testing.conformance import ChannelContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +18,18 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestTls(ChannelContract):
     schemes = ("tls",)
 
+    @pytest.fixture
+    def url(self, certificate: Path) -> str:
+        return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"
+
+
+class TestTlsQueue(QueueContract):
+    @pytest.fixture
+    def url(self, certificate: Path) -> str:
+        return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"
+
+
+class TestTlsTopics(PubSubContract):
     @pytest.fixture
     def url(self, certificate: Path) -> str:
         return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"

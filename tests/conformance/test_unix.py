@@ -1,11 +1,23 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestUnix(ChannelContract):
     schemes = ("unix",)
 
+    @pytest.fixture
+    def url(self) -> str:
+        return "unix://contract"
+
+
+class TestUnixQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "unix://queue"
+
+
+class TestUnixTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "unix://contract"

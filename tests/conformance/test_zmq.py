@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
 
 
 class TestZmqTcp(ChannelContract):
@@ -22,6 +22,42 @@ class TestZmqIpc(ChannelContract):
 class TestZmqInproc(ChannelContract):
     schemes = ("zmq+inproc",)
 
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+inproc://conformance"
+
+
+class TestZmqTcpQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"zmq+tcp://127.0.0.1:{free_port()}"
+
+
+class TestZmqIpcQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+ipc://conformance"
+
+
+class TestZmqInprocQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+inproc://conformance"
+
+
+class TestZmqTcpTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"zmq+tcp://127.0.0.1:{free_port()}"
+
+
+class TestZmqIpcTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+ipc://conformance"
+
+
+class TestZmqInprocTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance"

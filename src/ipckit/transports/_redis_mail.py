@@ -9,7 +9,6 @@ import time
 import uuid
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,7 +18,8 @@ from .._spi import Peer, Steps, Wait
 from .._url import Url
 from . import _mail
 from ._mail import Card, Inbox, Outbox, Watch, Window
-from ._redis_wire import CONNECT_TIMEOUT, Wire, map_redis, open_wire
+from ._redis_address import Address, Native
+from ._redis_wire import Wire, map_redis, open_wire
 
 _MAX_FRAME = 4 << 20  # of larger messages the server would hold a whole copy for each side at once
 _WINDOW_BYTES = 16 << 20
@@ -27,39 +27,6 @@ _MAX_HELD = 1 << 20  # bytes of pipelined commands that the kernel has not taken
 _TRIM = (256, 1 << 20)  # frames and bytes read, after which they are trimmed
 _HANDSHAKE_TTL = 60.0  # of a mailbox that belongs to no channel yet
 _ASK_EVERY = 0.5  # seconds between two questions whether the peer is connected
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """What the URL and its options say: where the server is, which database, which name."""
-
-    url: Url
-    settings: dict[str, Any]  # of a redis-py connection
-    name: str
-
-    def connection(self) -> Any:
-        """A new redis-py connection, not open yet."""
-        import redis
-
-        kinds = {"redis": redis.Connection, "rediss": redis.SSLConnection}
-        # protocol 2: one shape of replies on every server. No retries: what is idempotent, we know better.
-        retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
-        kind = kinds.get(self.url.scheme, redis.UnixDomainSocketConnection)
-        return kind(protocol=2, retry=retry, socket_timeout=CONNECT_TIMEOUT, **self.settings)
-
-    def client(self) -> Any:
-        """A redis-py client of its own with this address and login. Close it."""
-        import redis
-
-        return redis.Redis(connection_pool=redis.ConnectionPool(type(self.connection()), **self.settings))
-
-
-@dataclass(frozen=True, slots=True)
-class Native:
-    """`.native.inbox` and `.native.outbox`: the stream, and how to get a redis-py client for looking at it."""
-
-    key: str
-    address: Address
 
 
 class Post:

@@ -26,7 +26,6 @@ T = TypeVar("T")
 Word: TypeAlias = bytes | str | int
 Handler: TypeAlias = Callable[[Any], None]
 
-CONNECT_TIMEOUT = 5.0
 _CHUNK = 64 << 10
 _UNFINISHED = object()
 _NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -93,14 +92,29 @@ class Wire:
         """Commands without a reply."""
         return len(self._handlers)
 
-    def pump(self) -> None:
-        """Send what is held, and hand out the replies that are there. Raises PeerError when the connection is lost."""
+    @property
+    def fd(self) -> int:
+        return self._fd
+
+    def push(self) -> None:
+        """`pump` without looking for replies: for a command whose reply cannot be there yet."""
+        if self._lost is None and self._out:
+            try:
+                self._send()
+            except OSError as error:
+                self._lose(error)
+
+    def pump(self, unasked: bool = False) -> None:
+        """Send what is held, and hand out the replies that are there. Raises PeerError when the connection is lost.
+
+        `unasked`: look at the connection also while no reply is due, so that its end is heard by who sleeps on it.
+        """
         if self._lost is not None:
             raise errors.PeerError(self._lost.message, url=self._url) from self._lost.__cause__
         try:
             if self._out:
                 self._send()
-            if self._handlers:
+            if self._handlers or unasked:
                 self._receive()
         except _NOT_NOW:
             return
@@ -184,13 +198,15 @@ def open_wire(url: Url, connect: Callable[[], Any]) -> Steps[Wire]:
     """`connect` makes a redis-py Connection; a thread opens it."""
 
     def work() -> Wire:
-        connection = connect()
+        connection = None
         try:
+            connection = connect()
             connection.connect()
             connection.send_command("CLIENT", "ID")
             return Wire(url, connection, int(connection.read_response()))
         except BaseException as error:
-            connection.disconnect()
+            if connection is not None:
+                connection.disconnect()
             if isinstance(error, Exception) and not isinstance(error, errors.IpcError):
                 raise map_redis(error, url, "open") from error
             raise

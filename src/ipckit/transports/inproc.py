@@ -174,7 +174,9 @@ os.register_at_fork(after_in_child=_listeners.clear)  # the listening threads ar
 
 class Inproc(Transport[Options]):
     capabilities = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "queue", "pubsub"}),
+        headers=True,
+        redelivery=True,
         pair=True,
         cross_process=False,
         peer_credentials=True,

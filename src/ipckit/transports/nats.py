@@ -1,4 +1,4 @@
-"""`nats://host:port/name`, `nats+tls://...`: channels through a NATS server or cluster (nats-py).
+"""`nats://host:port/name`, `nats+tls://...`: channels, queues and topics through a NATS server or cluster (nats-py).
 
 A channel is two subjects, one in each direction; the listener's name is a third. All of it is core NATS: two parties
 that are both there have no use for a stored stream. `nats://a:4222,b:4222/name` names several servers of one cluster.
@@ -14,6 +14,8 @@ second whether the peer lives; a paused peer keeps its subscription. A paused pe
 answers no pings (six minutes by default), or takes no data for ten seconds while more than the sockets hold is
 waiting for it.
 
+Queues and topics are JetStream's: `name` is a stream there, which outlives everybody (`_nats_queue`, `_nats_topics`).
+
 Whoever may publish in the account can speak on these subjects: give `ipckit.>` and `_INBOX.>` to those you trust.
 """
 
@@ -27,10 +29,25 @@ from typing import Any, ClassVar, cast
 
 from .. import errors
 from .._capabilities import Capabilities
-from .._spi import Link, Listener, Steps, Transport, Wait
+from .._spi import (
+    Intake,
+    Link,
+    Listener,
+    Outlet,
+    Publishing,
+    PublishTerms,
+    Queues,
+    QueueTerms,
+    Steps,
+    Topics,
+    TopicTerms,
+    Transport,
+    Wait,
+)
 from .._url import Url
-from . import _mail, _natsclient, _rendezvous
+from . import _mail, _nats_queue, _nats_topics, _natsclient, _rendezvous
 from . import _natswire as wire
+from ._jetstream import QueueOptions, TopicOptions
 from ._natsclient import Connection, NatsOptions, map_nats
 from ._natslink import Inbox, NatsLink, Outbox, Watch
 
@@ -45,9 +62,15 @@ class _Cut(errors.IpcError):
     """Whoever is connecting needs another connection."""
 
 
-class NatsTransport(Transport[NatsOptions]):
+class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOptions]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "queue", "pubsub"}),
+        durable=True,
+        headers=True,
+        redelivery=True,
+        consumer_groups=True,
+        replay=True,
+        native_topics=True,
         cross_machine=True,
         broker=True,
         death="lease",
@@ -57,11 +80,15 @@ class NatsTransport(Transport[NatsOptions]):
         use_case="services that find each other by name, across machines and networks",
     )
     options: ClassVar[type[Any]] = NatsOptions
+    queue_options: ClassVar[type[Any]] = QueueOptions
+    topic_options: ClassVar[type[Any]] = TopicOptions
     requires: ClassVar[tuple[str, ...]] = ("nats",)
     extra: ClassVar[str | None] = "nats"
 
     def capabilities_of(self, url: Url) -> Capabilities:
-        return _ENCRYPTED if url.scheme == "nats+tls" else self.capabilities
+        found = _ENCRYPTED if url.scheme == "nats+tls" else self.capabilities
+        lanes = dict(url.options).get("lanes", "")
+        return replace(found, priorities=int(lanes)) if lanes.isdecimal() and int(lanes) > 1 else found
 
     def listen(self, url: Url, options: NatsOptions) -> Steps[Listener]:
         _name(url)
@@ -94,6 +121,18 @@ class NatsTransport(Transport[NatsOptions]):
         except errors.Timeout as timeout:
             message = "no NATS server answers" if reason is None else reason.message
             raise errors.NothingListening(message, url=url, operation="connect") from reason or timeout
+
+    def sender(self, url: Url, options: QueueOptions) -> Steps[Outlet]:
+        return _nats_queue.sender(url, options)
+
+    def receiver(self, url: Url, options: QueueOptions, terms: QueueTerms) -> Steps[Intake]:
+        return _nats_queue.receiver(url, options, terms)
+
+    def publisher(self, url: Url, options: TopicOptions, terms: PublishTerms) -> Steps[Publishing]:
+        return _nats_topics.publisher(url, options, terms)
+
+    def subscriber(self, url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Intake]:
+        return _nats_topics.subscriber(url, options, terms)
 
 
 def _name(url: Url) -> str:

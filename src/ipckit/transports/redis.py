@@ -1,6 +1,9 @@
-"""`redis://host:port/db/name`, `rediss://` (TLS), `redis+unix:///socket?db=0&name=NAME`: channels over Redis Streams.
+"""`redis://host:port/db/name`, `rediss://` (TLS), `redis+unix:///socket?db=0&name=NAME`: everything over Redis Streams.
 
-Works with Redis 6.2 and later, and Valkey. Each side of a channel makes one stream and reads it, the other writes it:
+Works with Redis 6.2 and later, and Valkey, alone or watched by Sentinels. Queues are one stream and consumer groups (`_redis_log`
+adds, `_redis_queue` receives), topics one stream that everybody reads (`_redis_topics`). This module has the channels.
+
+Each side of a channel makes one stream and reads it, the other writes it:
 
     ipckit:{NAME}:listener    string: the card of the listener
     ipckit:{NAME}:desk:ID     stream: its rendezvous mailbox
@@ -17,71 +20,57 @@ after `ttl` if both sides were killed. A channel is a session: it does not outli
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .. import _options, errors
 from .._capabilities import Capabilities
-from .._options import integer, option, text
-from .._spi import Link, Listener, Steps, Transport
+from .._options import integer, option
+from .._spi import (
+    Intake,
+    Link,
+    Listener,
+    Outlet,
+    Publishing,
+    PublishTerms,
+    Queues,
+    QueueTerms,
+    Steps,
+    Topics,
+    TopicTerms,
+    Transport,
+)
 from .._url import Url
+from ..message import matches
 from . import _rendezvous
-from ._redis_mail import Address, Post, make_channel
-from ._redis_wire import CONNECT_TIMEOUT
+from ._redis_address import PlaceOptions, read_address
+from ._redis_log import MAX_LANES, Adding, QueueOptions, TopicOptions
+from ._redis_mail import Post, make_channel
+from ._redis_queue import GroupIntake
+from ._redis_topics import LogPublisher, Tail
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}\Z")
+GROUP = "ipckit"  # of a queue's receivers that name none
+_GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,99}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RedisOptions(_options.LinkOptions):
+class RedisOptions(PlaceOptions):
     window: int = option(1024, integer(2, 1 << 20), "messages that a sender may be ahead of its reader")
     ttl: float = option(86400.0, _options.duration, "after which keys expire that nobody used")
-    db: int = option(0, integer(0, 1 << 20), "redis+unix: the database")
-    name: str | None = option(None, text, "redis+unix: the name, which the other schemes have in the path")
-    ca: str | None = option(None, text, "rediss: file of the authorities to trust, instead of the system's")
-    cert: str | None = option(None, text, "rediss: file with our certificate")
-    key: str | None = option(None, text, "rediss: file with its private key")
 
 
-def read_address(url: Url, options: RedisOptions) -> Address:
-    settings: dict[str, Any] = {"username": url.user or None, "password": url.password}
-    if url.scheme == "redis+unix":
-        if url.hosts or not url.path or options.name is None:
-            raise errors.BadUrl(
-                "it takes a socket's path and a name", url=url, hint="redis+unix:///run/redis.sock?name=N"
-            )
-        name, database = options.name, options.db
-        settings["path"] = url.path
-    else:
-        number, slash, name = url.path[1:].partition("/")
-        if not slash or not number.isdecimal() or len(number) > 7:
-            raise errors.BadUrl("the path is /DATABASE/NAME", url=url, hint=f"{url.scheme}://127.0.0.1:6379/0/name")
-        if options.name is not None or options.db:
-            raise errors.BadOption("db and name stand in the path", url=url)
-        if len(url.hosts) > 1:
-            raise errors.BadUrl("one host", url=url)
-        database = int(number)
-        host = url.hosts[0] if url.hosts else None
-        settings |= {"host": host.name if host else "127.0.0.1", "port": (host and host.port) or 6379}
-        settings["socket_connect_timeout"] = CONNECT_TIMEOUT
-    if not _NAME.match(name):
-        raise errors.BadUrl("the name must be of letters, digits and '_.:/-'", url=url)
-    settings["db"] = database
-    tls = {"ssl_ca_certs": options.ca, "ssl_certfile": options.cert, "ssl_keyfile": options.key}
-    if url.scheme == "rediss":
-        settings |= tls | {"ssl_check_hostname": True}
-    elif any(tls.values()):
-        raise errors.BadOption("ca, cert and key are for rediss://", url=url)
-    return Address(url, settings, name)
-
-
-# -- the transport ------------------------------------------------------------------------------------------------------
-
-
-class RedisTransport(Transport[RedisOptions]):
+class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[TopicOptions]):
     capabilities = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "queue", "pubsub"}),
+        durable=True,
+        headers=True,
+        redelivery=True,
+        consumer_groups=True,
+        replay=True,
+        native_topics=True,
         cross_machine=True,
         broker=True,
         death="lease",
@@ -93,15 +82,22 @@ class RedisTransport(Transport[RedisOptions]):
         use_case="services that share a Redis already, on one machine or many",
     )
     options = RedisOptions
+    queue_options = QueueOptions
+    topic_options = TopicOptions
     requires = ("redis", "hiredis")
     extra = "redis"
 
     def capabilities_of(self, url: Url) -> Capabilities:
         from dataclasses import replace
 
-        if url.scheme == "rediss":
-            return replace(self.capabilities, encrypted=True)
-        return replace(self.capabilities, cross_machine=url.scheme == "redis")
+        lanes = dict(url.options).get("lanes", "")  # that it is a number is checked when it is opened
+        levels = int(lanes) if lanes.isdecimal() and 1 < int(lanes) <= MAX_LANES else 0
+        return replace(
+            self.capabilities,
+            priorities=levels,
+            encrypted=url.scheme == "rediss",
+            cross_machine=url.scheme != "redis+unix",
+        )
 
     def listen(self, url: Url, options: RedisOptions) -> Steps[Listener]:
         post = Post(read_address(url, options), options.window, options.ttl)
@@ -117,6 +113,51 @@ class RedisTransport(Transport[RedisOptions]):
             return (yield from _rendezvous.connect(post, options.limit, make_channel))
         finally:
             post.close()
+
+    def sender(self, url: Url, options: QueueOptions) -> Steps[Outlet]:
+        outlet = Adding(read_address(url, options), options, lanes=options.lanes)
+        yield from outlet.open()
+        return outlet
+
+    def receiver(self, url: Url, options: QueueOptions, terms: QueueTerms) -> Steps[Intake]:
+        address = read_address(url, options)
+        if options.audit:
+            if terms.group is not None or options.lanes > 1:
+                raise errors.BadOption("an audit reads one stream, and has no group", url=url, operation="receiver")
+            tail = Tail(address, options, None)
+            yield from tail.open()
+            return tail
+        intake = GroupIntake(address, options, _group(url, terms.group or GROUP), lanes=options.lanes)
+        yield from intake.open()
+        return intake
+
+    def publisher(self, url: Url, options: TopicOptions, terms: PublishTerms) -> Steps[Publishing]:
+        publisher = LogPublisher(read_address(url, options), options, terms)
+        yield from publisher.open()
+        return publisher
+
+    def subscriber(self, url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Intake]:
+        address = read_address(url, options)
+        wanted = _wanted(terms.topics)
+        intake: Tail | GroupIntake
+        if terms.group is None:
+            intake = Tail(address, options, wanted)
+        else:
+            intake = GroupIntake(address, options, _group(url, terms.group), wanted=wanted)
+        yield from intake.open()
+        return intake
+
+
+def _group(url: Url, group: str) -> str:
+    if not _GROUP.match(group):
+        raise errors.BadOption(f"{group!r} is no name of a group", url=url, hint="letters, digits and '_.:-'")
+    return group
+
+
+def _wanted(patterns: Sequence[str]) -> Callable[[str], bool]:
+    if ">" in patterns:
+        return lambda topic: True
+    return lambda topic: any(matches(pattern, topic) for pattern in patterns)
 
 
 TRANSPORT = RedisTransport()

@@ -86,6 +86,8 @@ class Rings:
 class ShmTransport(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
+        headers=True,
+        redelivery=True,
         pair=True,
         zero_copy=True,
         peer_credentials=True,

@@ -30,6 +30,8 @@ class Options(StreamOptions):
 class TcpTransport(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
+        headers=True,
+        redelivery=True,
         cross_machine=True,
         fileno=True,
         model="messages on a byte stream, through the network",

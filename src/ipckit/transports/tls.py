@@ -55,6 +55,8 @@ class Options(_options.LinkOptions):
 class TlsTransport(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
+        headers=True,
+        redelivery=True,
         cross_machine=True,
         encrypted=True,
         fileno=True,

@@ -38,6 +38,8 @@ class Options(StreamOptions):
 class UnixTransport(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
+        headers=True,
+        redelivery=True,
         pair=True,
         peer_credentials=True,
         fileno=True,

@@ -65,7 +65,9 @@ class Options(LinkOptions):
 
 class Zmq(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "queue", "pubsub"}),
+        headers=True,
+        redelivery=True,
         handed_over=False,
         cross_machine=True,
         model="messages, by sockets with a thread that sends and receives ahead",

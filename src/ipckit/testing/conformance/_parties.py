@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import ipckit
 import ipckit.aio
+from ipckit._endpoint import Endpoint
 
 T = TypeVar("T")
 ShellName = Literal["sync", "async"]
@@ -190,7 +191,7 @@ def shell_of(name: ShellName) -> Shell:
 
 
 def _is_endpoint(value: object) -> bool:
-    return isinstance(value, ipckit.Channel | ipckit.Listener)
+    return isinstance(value, Endpoint)
 
 
 class Party(Protocol):

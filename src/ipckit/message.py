@@ -1,0 +1,167 @@
+"""What travels in queues and topics: a body with an identity.
+
+A `Parcel` is what transports handle: bytes and names, the same on every one of them. A `Message` is what users hold: the
+decoded value, and the verbs that settle it where the transport remembers what was not acknowledged.
+
+Header names are the same everywhere (stream fields on Redis, NATS headers, gRPC metadata): lower case, `traceparent` as the
+W3C has it.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from .errors import BadOption
+
+T = TypeVar("T")
+
+_HEADER = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}\Z")
+_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
+_NO_HEADERS: Mapping[str, str] = {}
+
+#: A gap after which the publisher is another one, or was reached anew: nobody counted.
+UNKNOWN = -1
+
+
+class Verdict(enum.Enum):
+    """What becomes of a message that was handed out."""
+
+    ACK = "ack"  # done: never again
+    NACK = "nack"  # again, to anybody, after a delay
+    EXTEND = "extend"  # still at work: do not give it to somebody else yet
+
+
+@dataclass(slots=True)
+class Parcel:
+    """One message on its way.
+
+    Attributes:
+        body: as the codec made it.
+        id: unique; sending again with it makes no duplicate where the transport has deduplication.
+        headers: names in lower case.
+        priority: higher first, where the transport has priorities.
+        topic: of publish/subscribe; empty in a queue.
+        redelivered: how often it was handed out before.
+        gap: how many messages were dropped right before this one; `UNKNOWN`: some, and nobody can say how many.
+        token: what the transport needs to settle it.
+    """
+
+    body: bytes
+    id: str = ""
+    headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
+    priority: int = 0
+    topic: str = ""
+    redelivered: int = 0
+    gap: int = 0
+    token: Any = None
+
+
+def new_id() -> str:
+    """128 random bits in hex."""
+    return os.urandom(16).hex()
+
+
+def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Refuse what could not travel on every transport. Raises BadOption."""
+    if not headers:
+        return _NO_HEADERS
+    for name, value in headers.items():
+        if not _HEADER.match(name):
+            raise BadOption(f"{name!r} is no header name", hint="lower-case letters, digits, '_', '.', '-'")
+        if not isinstance(value, str) or any(ord(c) < 0x20 or ord(c) == 0x7F for c in value):
+            raise BadOption(f"header {name!r} must be text without control characters")
+    return dict(headers)
+
+
+def check_id(id: str) -> str:
+    if not _ID.match(id):
+        raise BadOption("a message id has 1 to 128 printable ASCII characters without spaces")
+    return id
+
+
+def matches(pattern: str, topic: str) -> bool:
+    """Whether the pattern covers the topic; the one meaning that every transport keeps."""
+    wanted, levels = pattern.split("."), topic.split(".") if topic else []
+    for i, want in enumerate(wanted):
+        if want == ">":
+            return True
+        if i >= len(levels) or want not in ("*", levels[i]):
+            return False
+    return len(wanted) == len(levels)
+
+
+class _Base(Generic[T]):
+    __slots__ = ("_parcel", "_settle", "value")
+
+    def __init__(self, value: T, parcel: Parcel, settle: Callable[[Parcel, Verdict, float], Any]) -> None:
+        self.value = value
+        self._parcel = parcel
+        self._settle = settle
+
+    @property
+    def id(self) -> str:
+        """Its identity, the same at every delivery. Empty on transports that carry bare bytes."""
+        return self._parcel.id
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self._parcel.headers
+
+    @property
+    def priority(self) -> int:
+        return self._parcel.priority
+
+    @property
+    def topic(self) -> str:
+        return self._parcel.topic
+
+    @property
+    def redelivered(self) -> int:
+        """How often it was handed out before, to whomever."""
+        return self._parcel.redelivered
+
+    @property
+    def gap(self) -> int:
+        """How many messages this subscriber missed right before it. -1: some, nobody can say how many (it reconnected)."""
+        return self._parcel.gap
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id or '-'} {self.value!r:.80}>"
+
+
+class Message(_Base[T]):
+    """A message and, where the transport has acknowledgement, its fate. Settling twice is harmless."""
+
+    __slots__ = ()
+
+    def ack(self) -> None:
+        """Done. Returns when the transport has noted it."""
+        self._settle(self._parcel, Verdict.ACK, 0.0)
+
+    def nack(self, delay: float = 0.0) -> None:
+        """Hand it out again, to anybody, in `delay` seconds."""
+        self._settle(self._parcel, Verdict.NACK, delay)
+
+    def extend(self) -> None:
+        """Still at work: start its time again."""
+        self._settle(self._parcel, Verdict.EXTEND, 0.0)
+
+
+class AsyncMessage(_Base[T]):
+    """`Message`, awaited."""
+
+    __slots__ = ()
+
+    def ack(self) -> Awaitable[None]:
+        return self._settle(self._parcel, Verdict.ACK, 0.0)  # type: ignore[no-any-return]
+
+    def nack(self, delay: float = 0.0) -> Awaitable[None]:
+        return self._settle(self._parcel, Verdict.NACK, delay)  # type: ignore[no-any-return]
+
+    def extend(self) -> Awaitable[None]:
+        return self._settle(self._parcel, Verdict.EXTEND, 0.0)  # type: ignore[no-any-return]

@@ -1,0 +1,461 @@
+"""Publish/subscribe: each message to every subscriber, or to one of each group.
+
+    prices = ipckit.publisher("nats://localhost/prices")
+    prices.publish(b"101.5", topic="eu.paris")
+    for price in ipckit.subscriber("nats://localhost/prices", topics=["eu.*"]):
+        print(price.topic, price.value)
+
+Topics are dot-separated levels; in a pattern `*` is one level and `>` at the end is the rest, on every transport. What a slow
+subscriber costs is said by `on_full`; whatever is dropped is counted, at the publisher in `stats()`, at the subscriber
+in `Message.gap`. Received + dropped = sent.
+
+As in `queue`: the logic once, the shells one line per verb.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Generic, TypeVar, overload
+
+from . import _linkhub, _options, errors
+from ._endpoint import Endpoint, Opening, located
+from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
+from ._url import Url
+from ._wait import Lane, arun, run
+from .codecs import Codec
+from .message import AsyncMessage, Message, Parcel, Verdict, check_headers, new_id
+from .message import matches as matches
+
+T = TypeVar("T")
+
+_LEVEL = re.compile(r"[^\s.*>\x00-\x1f\x7f]{1,100}\Z")
+
+
+def check_topic(topic: str, url: Url, *, pattern: bool) -> str:
+    """Refuse what is no topic (or no pattern). Raises BadOption."""
+    levels = topic.split(".") if topic else []
+    good = len(topic) <= 200 and all(
+        _LEVEL.match(level) or (pattern and (level == "*" or (level == ">" and i == len(levels) - 1)))
+        for i, level in enumerate(levels)
+    )
+    if not good or (pattern and not levels):
+        kind = "pattern" if pattern else "topic"
+        raise errors.BadOption(
+            f"{topic!r} is no {kind}",
+            url=url,
+            hint="levels with dots between them: eu.paris; in a pattern * is one level, and > the rest",
+        )
+    return topic
+
+
+class _Publishing:
+    """The publishing verbs as steps."""
+
+    __slots__ = ("_outlet", "_url")
+
+    def __init__(self, outlet: Publishing, url: Url) -> None:
+        self._outlet, self._url = outlet, url
+
+    def publish(self, parcels: Sequence[Parcel]) -> Steps[int]:
+        done = 0
+        try:
+            for parcel in parcels:
+                while not self._outlet.try_put(parcel):
+                    wait = self._outlet.arm(Want.SEND)
+                    if self._outlet.try_put(parcel):
+                        break
+                    yield wait
+                done += 1
+        except errors.Timeout:
+            if not done:
+                raise
+            return done
+        try:
+            while not self._outlet.try_flush():
+                wait = self._outlet.arm(Want.SEND)
+                if self._outlet.try_flush():
+                    break
+                yield wait
+        except errors.OutcomeUnknown:
+            raise
+        except errors.Timeout as timeout:
+            raise errors.OutcomeUnknown(
+                "published, and nobody confirmed it in time",
+                url=self._url,
+                operation="publish",
+                message_id=parcels[done - 1].id,
+            ) from timeout
+        return done
+
+    def wait_for(self, count: int) -> Steps[None]:
+        while self._outlet.subscribers() < count:
+            wait = self._outlet.arm(Want.RECV)
+            if self._outlet.subscribers() >= count:
+                return
+            yield wait
+
+
+class _Subscribing:
+    __slots__ = ("_intake",)
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def recv(self) -> Steps[Parcel]:
+        while (parcel := self._intake.try_get()) is None:
+            wait = self._intake.arm(Want.RECV)
+            if (parcel := self._intake.try_get()) is not None:
+                break
+            yield wait
+        return parcel
+
+    def recv_many(self, limit: int) -> Steps[list[Parcel]]:
+        parcels = [(yield from self.recv())]
+        try:
+            while len(parcels) < limit and (parcel := self._intake.try_get()) is not None:
+                parcels.append(parcel)
+        except errors.IpcError:
+            pass  # sticky: the next call raises it
+        return parcels
+
+    def settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> Steps[None]:
+        while not (self._intake.try_settle(parcel, verdict, delay) and self._intake.try_flush()):
+            wait = self._intake.arm(Want.SEND)
+            if self._intake.try_settle(parcel, verdict, delay) and self._intake.try_flush():
+                return
+            yield wait
+
+
+class _BasePublisher(Endpoint, Generic[T]):
+    def __init__(self, outlet: Publishing, opening: Opening) -> None:
+        super().__init__(outlet, located(outlet, opening.url), opening.capabilities)
+        self._outlet = outlet
+        self._steps = _Publishing(outlet, opening.url)
+        self._encode: Callable[[T], Any] = opening.codec.encode
+        self._lane = Lane(self._gate, "publish")
+
+    def _parcel(self, value: T, topic: str, headers: Mapping[str, str] | None) -> Parcel:
+        return Parcel(
+            bytes(self._encode(value)),
+            new_id(),
+            check_headers(headers),
+            topic=check_topic(topic, self.url, pattern=False) if topic else "",
+        )
+
+    def stats(self) -> Mapping[str, int]:
+        """Counters since it was opened: "sent", "bytes_sent", "dropped", "subscribers", and what the transport adds."""
+        return dict(self._outlet.counters())
+
+
+class Publisher(_BasePublisher[T]):
+    """The publishing side, for threads. Raises Closed, Timeout, QueueFull (`on_full="error"`), MessageTooLarge."""
+
+    def publish(
+        self, value: T, topic: str = "", timeout: float | None = None, *, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Give the value to everyone who subscribed to this topic."""
+        run(self._steps.publish([self._parcel(value, topic, headers)]), self._lane, timeout)
+
+    def publish_many(self, values: Sequence[T], topic: str = "", timeout: float | None = None) -> int:
+        """Publish them all, confirmed together. Returns how many, which is fewer only when the time was up."""
+        return run(self._steps.publish([self._parcel(v, topic, None) for v in values]), self._lane, timeout)
+
+    def wait_for_subscribers(self, count: int, timeout: float | None = None) -> None:
+        """Return when `count` subscribers are there, so that nobody misses the first message. Raises Timeout."""
+        run(self._steps.wait_for(count), self._lane, timeout)
+
+    def close(self) -> None:
+        self._close()
+
+    def __enter__(self) -> Publisher[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncPublisher(_BasePublisher[T]):
+    """`Publisher`, awaited."""
+
+    async def publish(
+        self, value: T, topic: str = "", timeout: float | None = None, *, headers: Mapping[str, str] | None = None
+    ) -> None:
+        await arun(self._steps.publish([self._parcel(value, topic, headers)]), self._lane, timeout)
+
+    async def publish_many(self, values: Sequence[T], topic: str = "", timeout: float | None = None) -> int:
+        return await arun(self._steps.publish([self._parcel(v, topic, None) for v in values]), self._lane, timeout)
+
+    async def wait_for_subscribers(self, count: int, timeout: float | None = None) -> None:
+        await arun(self._steps.wait_for(count), self._lane, timeout)
+
+    async def close(self) -> None:
+        self._close()
+
+    async def __aenter__(self) -> AsyncPublisher[T]:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class _BaseSubscriber(Endpoint, Generic[T]):
+    def __init__(self, intake: Intake, opening: Opening) -> None:
+        super().__init__(intake, located(intake, opening.url), opening.capabilities)
+        self._intake = intake
+        self._steps = _Subscribing(intake)
+        self._decode: Callable[[bytes], T] = opening.codec.decode
+        self._rx = Lane(self._gate, "recv")
+        self._tx = Lane(self._gate, "ack")
+
+    def stats(self) -> Mapping[str, int]:
+        """Counters since it was opened: "received", "bytes_received", "dropped", and what the transport adds."""
+        return dict(self._intake.counters())
+
+
+class Subscriber(_BaseSubscriber[T]):
+    """The subscribing side, for threads."""
+
+    def recv(self, timeout: float | None = None) -> Message[T]:
+        """The next message. `gap` says how many were dropped right before it."""
+        return self._message(run(self._steps.recv(), self._rx, timeout))
+
+    def recv_many(self, limit: int, timeout: float | None = None) -> list[Message[T]]:
+        return [self._message(parcel) for parcel in run(self._steps.recv_many(limit), self._rx, timeout)]
+
+    def _message(self, parcel: Parcel) -> Message[T]:
+        return Message(self._decode(parcel.body), parcel, self._settle)
+
+    def _settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> None:
+        run(self._steps.settle(parcel, verdict, delay), self._tx, None)
+
+    def close(self) -> None:
+        self._close()
+
+    def __iter__(self) -> Iterator[Message[T]]:
+        """Messages until `close()`, or until the publisher closes where there is only one."""
+        try:
+            while True:
+                yield self.recv()
+        except (errors.Closed, errors.PeerClosed):
+            return
+
+    def __enter__(self) -> Subscriber[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncSubscriber(_BaseSubscriber[T]):
+    """`Subscriber`, awaited."""
+
+    async def recv(self, timeout: float | None = None) -> AsyncMessage[T]:
+        return self._message(await arun(self._steps.recv(), self._rx, timeout))
+
+    async def recv_many(self, limit: int, timeout: float | None = None) -> list[AsyncMessage[T]]:
+        return [self._message(parcel) for parcel in await arun(self._steps.recv_many(limit), self._rx, timeout)]
+
+    def _message(self, parcel: Parcel) -> AsyncMessage[T]:
+        return AsyncMessage(self._decode(parcel.body), parcel, self._settle)
+
+    async def _settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> None:
+        await arun(self._steps.settle(parcel, verdict, delay), self._tx, None)
+
+    async def close(self) -> None:
+        self._close()
+
+    async def __aiter__(self) -> AsyncIterator[AsyncMessage[T]]:
+        try:
+            while True:
+                yield await self.recv()
+        except (errors.Closed, errors.PeerClosed):
+            return
+
+    async def __aenter__(self) -> AsyncSubscriber[T]:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+# -- opening ------------------------------------------------------------------------------------------------------
+
+
+class _TopicOpening(Opening):
+    def __init__(
+        self, url: str | Url, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
+    ) -> None:
+        super().__init__(url, codec, type, require, "pubsub", operation)
+        self._operation = operation
+        if isinstance(self.transport, Topics):
+            self._options = _options.read(self.transport.topic_options, self.url)
+        else:
+            self._own, self._options = _options.read_both(_linkhub.Options, self.transport.options, self.url)
+
+    def publisher(self, on_full: OnFull, retain: int) -> Steps[Publishing]:
+        if on_full not in ("block", "drop_old", "drop_new", "error"):
+            raise errors.BadOption(
+                f"on_full={on_full!r} must be 'block', 'drop_old', 'drop_new' or 'error'",
+                url=self.url,
+                operation=self._operation,
+            )
+        terms = PublishTerms(on_full=on_full, retain=retain)
+        if isinstance(self.transport, Topics):
+            return self.transport.publisher(self.url, self._options, terms)
+        return _linkhub.publisher(self.transport, self.url, self._options, self._own, terms)
+
+    def subscriber(self, topics: Sequence[str], group: str | None) -> Steps[Intake]:
+        if isinstance(topics, str) or not topics:
+            raise errors.BadOption("topics must be a list of patterns", url=self.url, operation=self._operation)
+        checked = tuple(check_topic(topic, self.url, pattern=True) for topic in topics)
+        terms = TopicTerms(topics=checked, group=group)
+        if isinstance(self.transport, Topics):
+            return self.transport.subscriber(self.url, self._options, terms)
+        return _linkhub.subscriber(self.transport, self.url, self._options, self._own, terms)
+
+
+@overload
+def publisher(
+    url: str | Url,
+    *,
+    on_full: OnFull = "block",
+    retain: int = 0,
+    timeout: float | None = None,
+    require: Collection[str] = (),
+) -> Publisher[bytes]: ...
+@overload
+def publisher(
+    url: str | Url,
+    *,
+    on_full: OnFull = "block",
+    retain: int = 0,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: type[T],
+    require: Collection[str] = (),
+) -> Publisher[T]: ...
+@overload
+def publisher(
+    url: str | Url,
+    *,
+    on_full: OnFull = "block",
+    retain: int = 0,
+    timeout: float | None = None,
+    codec: str | Codec[Any],
+    require: Collection[str] = (),
+) -> Publisher[Any]: ...
+def publisher(
+    url: str | Url,
+    *,
+    on_full: OnFull = "block",
+    retain: int = 0,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: Any = None,
+    require: Collection[str] = (),
+) -> Publisher[Any]:
+    """Open the publishing side.
+
+    Args:
+        url: where. On transports without a broker the publisher has the name.
+        on_full: what a subscriber that does not keep up costs: "block" holds the publisher, "drop_old" and "drop_new" drop
+            for that subscriber and count it, "error" raises QueueFull.
+        retain: how many last messages of each topic a late subscriber is given first, where there is no log to replay.
+        timeout: seconds to reach what must be there; None waits.
+        codec, type, require: as in `ipckit.listen`.
+    """
+    opening = _TopicOpening(url, codec, type, require, "publisher")
+    return Publisher(opening.run(opening.publisher(on_full, retain), timeout), opening)
+
+
+@overload
+def subscriber(
+    url: str | Url,
+    *,
+    topics: Sequence[str] = (">",),
+    group: str | None = None,
+    timeout: float | None = None,
+    require: Collection[str] = (),
+) -> Subscriber[bytes]: ...
+@overload
+def subscriber(
+    url: str | Url,
+    *,
+    topics: Sequence[str] = (">",),
+    group: str | None = None,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: type[T],
+    require: Collection[str] = (),
+) -> Subscriber[T]: ...
+@overload
+def subscriber(
+    url: str | Url,
+    *,
+    topics: Sequence[str] = (">",),
+    group: str | None = None,
+    timeout: float | None = None,
+    codec: str | Codec[Any],
+    require: Collection[str] = (),
+) -> Subscriber[Any]: ...
+def subscriber(
+    url: str | Url,
+    *,
+    topics: Sequence[str] = (">",),
+    group: str | None = None,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: Any = None,
+    require: Collection[str] = (),
+) -> Subscriber[Any]:
+    """Open the subscribing side.
+
+    Args:
+        url: where.
+        topics: patterns; `*` is one level, `>` the rest. A message without a topic goes to those who asked for ">".
+        group: subscribers of one group share the messages; None: each gets them all.
+        timeout: seconds to reach the publisher or broker; None waits.
+        codec, type, require: as in `ipckit.listen`.
+    """
+    opening = _TopicOpening(url, codec, type, require, "subscriber")
+    return Subscriber(opening.run(opening.subscriber(topics, group), timeout), opening)
+
+
+async def apublisher(
+    url: str | Url,
+    *,
+    on_full: OnFull = "block",
+    retain: int = 0,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: type[T] | None = None,
+    require: Collection[str] = (),
+) -> AsyncPublisher[T]:
+    """`publisher`, awaited."""
+    opening = _TopicOpening(url, codec, type, require, "publisher")
+    return AsyncPublisher(await opening.arun(opening.publisher(on_full, retain), timeout), opening)
+
+
+async def asubscriber(
+    url: str | Url,
+    *,
+    topics: Sequence[str] = (">",),
+    group: str | None = None,
+    timeout: float | None = None,
+    codec: str | Codec[Any] | None = None,
+    type: type[T] | None = None,
+    require: Collection[str] = (),
+) -> AsyncSubscriber[T]:
+    """`subscriber`, awaited."""
+    opening = _TopicOpening(url, codec, type, require, "subscriber")
+    return AsyncSubscriber(await opening.arun(opening.subscriber(topics, group), timeout), opening)

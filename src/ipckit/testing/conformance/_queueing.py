@@ -1,0 +1,103 @@
+"""What the parties of queues and topics do: programs over one endpoint (see `_parties`), and messages as plain values.
+
+A message belongs to its endpoint's process; what a program brings home is a `Taken`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ipckit import errors
+
+from ._programs import promptly
+
+
+class Taken(NamedTuple):
+    value: Any
+    id: str
+    headers: Mapping[str, str]
+    redelivered: int
+    topic: str
+    gap: int
+
+
+def taken(message: Any) -> Taken:
+    return Taken(message.value, message.id, dict(message.headers), message.redelivered, message.topic, message.gap)
+
+
+async def settle(message: Any, verb: str, *args: Any) -> None:
+    result = getattr(message, verb)(*args)
+    if inspect.isawaitable(result):
+        await result
+
+
+async def give(end: Any, values: Sequence[Any], timeout: float = 20) -> list[str]:
+    """Send these, one by one; their ids."""
+    return [await promptly(end.send(value, timeout), timeout) for value in values]
+
+
+async def give_until_held(end: Any, most: int) -> int:
+    """Send numbers until nothing goes any more; how many went."""
+    for number in range(most):
+        try:
+            await end.send(b"%d" % number, 0.3)
+        except errors.Timeout:
+            return number
+    raise AssertionError(f"{most} messages were taken, and nobody received one: there is no backpressure")
+
+
+async def publish(end: Any, messages: Sequence[tuple[Any, str]], timeout: float = 20) -> int:
+    """Publish these values under these topics."""
+    for value, topic in messages:
+        await promptly(end.publish(value, topic, timeout), timeout)
+    return len(messages)
+
+
+async def take(end: Any, count: int, verb: str | None = None, timeout: float = 20, pause: float = 0) -> list[Taken]:
+    """Receive so many, and settle each with `verb`."""
+    got: list[Taken] = []
+    while len(got) < count:
+        message = await promptly(end.recv(timeout), timeout)
+        got.append(taken(message))
+        if verb is not None:
+            await settle(message, verb)
+        if pause:
+            await asyncio.sleep(pause)
+    return got
+
+
+async def take_all(end: Any, quiet: float = 1.0, verb: str | None = None) -> list[Taken]:
+    """Receive, and settle each with `verb`, until nothing came for a while or there is nobody any more."""
+    got: list[Taken] = []
+    try:
+        while True:
+            message = await end.recv(quiet)
+            got.append(taken(message))
+            if verb is not None:
+                await settle(message, verb)
+    except (errors.Timeout, errors.PeerError):
+        return got
+
+
+async def refuse(end: Any, delay: float, timeout: float = 20) -> Taken:
+    """Receive one, and say "again"."""
+    message = await end.recv(timeout)
+    await settle(message, "nack", delay)
+    return taken(message)
+
+
+async def impatient(end: Any, count: int) -> list[Taken]:
+    """Receive so many in tasks that are cancelled again and again."""
+    got: list[Taken] = []
+    while len(got) < count:
+        task = asyncio.ensure_future(end.recv(20))
+        await asyncio.sleep(0.0005)
+        task.cancel()
+        try:
+            got.append(taken(await task))
+        except asyncio.CancelledError:
+            continue
+    return got
