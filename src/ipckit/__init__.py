@@ -3,6 +3,9 @@
 `ipckit.aio` has the same names, awaited.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import codecs, errors
 from ._capabilities import Capabilities
 from ._registry import capabilities, register, schemes
@@ -11,9 +14,11 @@ from ._url import Url
 from .channel import Channel, ChannelStats, Listener, connect, listen, pair
 from .codecs import Codec
 from .errors import IpcError
-from .message import Message
-from .pubsub import Publisher, Subscriber, publisher, subscriber
-from .queue import Receiver, Sender, receiver, sender
+
+if TYPE_CHECKING:
+    from .message import Message
+    from .pubsub import Publisher, Subscriber, publisher, subscriber
+    from .queue import Receiver, Sender, receiver, sender
 
 __version__ = "0.1.0"
 
@@ -44,3 +49,21 @@ __all__ = [
     "sender",
     "subscriber",
 ]
+
+#: Where the names of the patterns are that a program may never use: each is imported when it is first asked for.
+_LATER = {
+    "Message": "message",
+    **dict.fromkeys(("Publisher", "Subscriber", "publisher", "subscriber"), "pubsub"),
+    **dict.fromkeys(("Receiver", "Sender", "receiver", "sender"), "queue"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

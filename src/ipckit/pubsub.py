@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mappi
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
-from . import _linkhub, _options, errors
+from . import _options, errors
 from ._endpoint import Endpoint, Opening, located
 from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
 from ._url import Url
@@ -300,6 +300,8 @@ class _TopicOpening(Opening):
         if isinstance(self.transport, Topics):
             self._options = _options.read(self.transport.topic_options, self.url)
         else:
+            from . import _linkhub
+
             self._own, self._options = _options.read_both(_linkhub.Options, self.transport.options, self.url)
 
     def publisher(self, on_full: OnFull, retain: int) -> Steps[Publishing]:
@@ -312,6 +314,8 @@ class _TopicOpening(Opening):
         terms = PublishTerms(on_full=on_full, retain=retain)
         if isinstance(self.transport, Topics):
             return self.transport.publisher(self.url, self._options, terms)
+        from . import _linkhub
+
         return _linkhub.publisher(self.transport, self.url, self._options, self._own, terms)
 
     def subscriber(self, topics: Sequence[str], group: str | None) -> Steps[Intake]:
@@ -321,6 +325,8 @@ class _TopicOpening(Opening):
         terms = TopicTerms(topics=checked, group=group)
         if isinstance(self.transport, Topics):
             return self.transport.subscriber(self.url, self._options, terms)
+        from . import _linkhub
+
         return _linkhub.subscriber(self.transport, self.url, self._options, self._own, terms)
 
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mappi
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
-from . import _linkqueue, _options, errors
+from . import _options, errors
 from ._endpoint import Endpoint, Opening, located
 from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, Steps, Want
 from ._url import Url
@@ -347,16 +347,22 @@ class _QueueOpening(Opening):
         if isinstance(self.transport, Queues):
             self.options = _options.read(self.transport.queue_options, self.url)
         else:
+            from . import _linkqueue
+
             self.own, self.options = _options.read_both(_linkqueue.Options, self.transport.options, self.url)
 
     def sender(self, listen: bool) -> Steps[Outlet]:
         if isinstance(self.transport, Queues):
             return self.transport.sender(self.url, self.options)
+        from . import _linkqueue
+
         return _linkqueue.sender(self.transport, self.url, self.options, self.own, listen)
 
     def receiver(self, listen: bool, terms: QueueTerms) -> Steps[Intake]:
         if isinstance(self.transport, Queues):
             return self.transport.receiver(self.url, self.options, terms)
+        from . import _linkqueue
+
         return _linkqueue.receiver(self.transport, self.url, self.options, self.own, terms, listen)
 
 

@@ -40,3 +40,12 @@ def test_import_takes_50_ms_at_most() -> None:
     code = "import time; t = time.process_time(); import ipckit; print(time.process_time() - t)"
     python(code)
     assert min(float(python(code)) for _ in range(9)) <= 0.050
+
+
+def test_the_names_of_later_are_all_there() -> None:
+    found = python(
+        "import ipckit; print(*(type(getattr(ipckit, name)).__name__ for name in ipckit.__all__)); dir(ipckit)"
+    )
+    assert len(found.split()) == int(python("import ipckit; print(len(ipckit.__all__))"))
+    assert python("from ipckit import *; print(sender.__module__)").strip() == "ipckit.queue"
+    assert "no attribute" in python("import ipckit\ntry: ipckit.nothing\nexcept AttributeError as error: print(error)")

@@ -20,8 +20,6 @@ after `ttl` if both sides were killed. A channel is a session: it does not outli
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
