@@ -10,16 +10,17 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
 from . import _registry, errors
 from ._capabilities import Capabilities, Pattern
-from ._spi import Abandoning, Located, Steps
+from ._spi import Abandoning, Draining, Located, Outlet, Steps, Want
 from ._url import Url, parse
 from ._wait import Gate, Lane, arun, run
 from .codecs import Codec, choose
+from .message import Parcel
 
 T = TypeVar("T")
 
@@ -87,6 +88,46 @@ class Endpoint:
 def located(resource: object, url: Url) -> Url:
     """Where it can be reached, where that is more than what was asked for."""
     return resource.url if isinstance(resource, Located) else url
+
+
+def confirm(outlet: Outlet, parcels: Sequence[Parcel], url: Url, operation: str) -> Steps[None]:
+    """Return when all of them are in good hands; raise what became of the first that is not, or OutcomeUnknown."""
+    try:
+        while not outlet.try_flush():
+            wait = outlet.arm(Want.SEND)
+            if outlet.try_flush():
+                break
+            yield wait
+    except errors.OutcomeUnknown:
+        raise
+    except errors.Timeout as timeout:
+        _raise_failure(parcels)
+        raise _unconfirmed(parcels, url, operation) from timeout
+    _raise_failure(parcels)
+
+
+def confirm_in_time(outlet: Outlet, parcels: Sequence[Parcel], url: Url, operation: str) -> None:
+    """`confirm` for whoever has no time left. Where they depend on this process anyway, having taken them is all there is."""
+    confirmed = outlet.try_flush()
+    _raise_failure(parcels)
+    if not confirmed and not isinstance(outlet, Draining):
+        raise _unconfirmed(parcels, url, operation)
+
+
+def _unconfirmed(parcels: Sequence[Parcel], url: Url, operation: str) -> errors.OutcomeUnknown:
+    return errors.OutcomeUnknown(
+        "sent, and nobody confirmed it in time",
+        url=url,
+        operation=operation,
+        message_id=parcels[-1].id,
+        hint="sending it again with id= the same makes no duplicate where the transport is durable",
+    )
+
+
+def _raise_failure(parcels: Sequence[Parcel]) -> None:
+    for parcel in parcels:
+        if parcel.failure is not None:
+            raise parcel.failure
 
 
 class Opening:

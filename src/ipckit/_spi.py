@@ -260,7 +260,7 @@ class Outlet(Protocol):
 
     def try_flush(self) -> bool:
         """True when everything that was put is the responsibility of somebody who outlives us (or, where nobody does, has
-        left this process). Raises what became of a parcel otherwise.
+        left this process), or has a `failure`. Raises what concerns all of them.
         """
 
     def arm(self, want: Want) -> Wait: ...

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from .errors import BadOption
+from .errors import BadOption, IpcError
 
 T = TypeVar("T")
 
@@ -49,6 +49,7 @@ class Parcel:
         redelivered: how often it was handed out before.
         gap: how many messages were dropped right before this one; `UNKNOWN`: some, and nobody can say how many.
         token: what the transport needs to settle it.
+        failure: why it was not delivered, written by the outlet that knows; several tasks may share one outlet.
     """
 
     body: bytes
@@ -59,6 +60,7 @@ class Parcel:
     redelivered: int = 0
     gap: int = 0
     token: Any = None
+    failure: IpcError | None = None
 
 
 def new_id() -> str:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, located
+from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located
 from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
 from ._url import Url
 from ._wait import Lane, arun, run
@@ -71,22 +71,9 @@ class _Publishing:
         except errors.Timeout:
             if not done:
                 raise
+            confirm_in_time(self._outlet, parcels[:done], self._url, "publish")
             return done
-        try:
-            while not self._outlet.try_flush():
-                wait = self._outlet.arm(Want.SEND)
-                if self._outlet.try_flush():
-                    break
-                yield wait
-        except errors.OutcomeUnknown:
-            raise
-        except errors.Timeout as timeout:
-            raise errors.OutcomeUnknown(
-                "published, and nobody confirmed it in time",
-                url=self._url,
-                operation="publish",
-                message_id=parcels[done - 1].id,
-            ) from timeout
+        yield from confirm(self._outlet, parcels, self._url, "publish")
         return done
 
     def wait_for(self, count: int) -> Steps[None]:

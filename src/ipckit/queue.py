@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, located
+from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located
 from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, Steps, Want
 from ._url import Url
 from ._wait import Lane, arun, run
@@ -38,7 +38,7 @@ class _Sending:
 
     def send(self, parcel: Parcel) -> Steps[str]:
         yield from self._put(parcel)
-        yield from self._flush(parcel.id)
+        yield from confirm(self._outlet, (parcel,), self._url, "send")
         return parcel.id
 
     def send_many(self, parcels: Sequence[Parcel]) -> Steps[int]:
@@ -50,8 +50,10 @@ class _Sending:
         except errors.Timeout:
             if not done:
                 raise
+            confirm_in_time(self._outlet, parcels[:done], self._url, "send")
+            return done
         if done:
-            yield from self._flush(parcels[done - 1].id)
+            yield from confirm(self._outlet, parcels, self._url, "send")
         return done
 
     def drain(self) -> Steps[None]:
@@ -68,24 +70,6 @@ class _Sending:
             if self._outlet.try_put(parcel):
                 return
             yield wait
-
-    def _flush(self, id: str) -> Steps[None]:
-        try:
-            while not self._outlet.try_flush():
-                wait = self._outlet.arm(Want.SEND)
-                if self._outlet.try_flush():
-                    return
-                yield wait
-        except errors.OutcomeUnknown:
-            raise
-        except errors.Timeout as timeout:
-            raise errors.OutcomeUnknown(
-                "sent, and nobody confirmed it in time",
-                url=self._url,
-                operation="send",
-                message_id=id,
-                hint="sending it again with id= the same makes no duplicate where the transport is durable",
-            ) from timeout
 
 
 class _Receiving:

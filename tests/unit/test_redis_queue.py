@@ -133,6 +133,20 @@ def test_a_refused_message_is_not_taken_for_a_duplicate(address, client, name):
     assert client.xlen(name) == 1
 
 
+def test_each_of_the_tasks_that_share_a_sender_hears_of_its_own(address, client, name):
+    client.set(name, "no stream")  # the lane of priority 0, and not that of priority 1
+
+    async def main():
+        async with await aio.sender(address(lanes="2")) as jobs:
+            return await asyncio.gather(
+                *(jobs.send(b"x", 10, priority=n % 2, id=f"n{n}") for n in range(10)), return_exceptions=True
+            )
+
+    refused, taken = (outcomes := asyncio.run(main()))[::2], outcomes[1::2]
+    assert taken == ["n1", "n3", "n5", "n7", "n9"]
+    assert all(isinstance(error, errors.IpcError) and "WRONGTYPE" in str(error) for error in refused)
+
+
 def test_retention(address, client, name):
     with ipckit.sender(address(maxlen="10")) as jobs:
         jobs.send_many([b"x"] * 50)

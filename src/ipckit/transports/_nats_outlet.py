@@ -11,7 +11,6 @@ import asyncio
 import json
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,10 +35,10 @@ def header_block(id: str, headers: Mapping[str, str], extra: str = "") -> bytes:
 
 
 class _Sent:
-    __slots__ = ("first", "frame", "id", "pause", "repeat")
+    __slots__ = ("first", "frame", "parcel", "pause", "repeat")
 
-    def __init__(self, id: str, frame: bytes, now: float) -> None:
-        self.id, self.frame, self.first = id, frame, now
+    def __init__(self, parcel: Parcel, frame: bytes, now: float) -> None:
+        self.parcel, self.frame, self.first = parcel, frame, now
         self.pause = _RESEND
         self.repeat = now + _RESEND  # when, unless it is confirmed before
 
@@ -67,7 +66,6 @@ class JetOutlet:
         self._held_bytes = 0
         self._pending: dict[int, _Sent] = {}
         self._bytes_put = self._bytes_over = 0  # by the sender, on the loop; the difference is pending
-        self._failures = deque[errors.IpcError]()
         self._counters = {"sent": 0, "bytes_sent": 0, "repeated": 0, "duplicates": 0, "dropped": 0}
         self._watching = False  # somebody wants room, or the end
         jet.connection.connected = self._resend_all
@@ -90,8 +88,6 @@ class JetOutlet:
             raise errors.MessageTooLarge(
                 f"{len(parcel.body)} bytes, and the limit is {self._limit}", url=self._jet.url, operation="send"
             )
-        if self._failures:
-            raise self._failures.popleft()
         if not self._room():
             self._jet.home.do(self._write)
             self._jet.check("send")
@@ -109,7 +105,7 @@ class JetOutlet:
             )
         self._number += 1
         frame = command(subject, f"{self._reply}{self._number}", parcel.body, headers)
-        self._pending[self._number] = _Sent(parcel.id, frame, time.monotonic())
+        self._pending[self._number] = _Sent(parcel, frame, time.monotonic())
         self._bytes_put += len(frame)
         self._held.append(frame)
         self._held_bytes += len(frame)
@@ -127,8 +123,6 @@ class JetOutlet:
             self._jet.home.poke(self._write)
         elif self._pending:
             self._jet.home.turn()
-        if self._failures:
-            raise self._failures.popleft()
         if self._pending:
             self._jet.check("send")
             return False
@@ -183,13 +177,13 @@ class JetOutlet:
         if isinstance(error, errors.QueueFull) and self._on_full == "block":
             sent.first = time.monotonic()  # it was not stored, so its id is of no account yet
             return False
-        self._failures.append(error)
+        sent.parcel.failure = error
         return True
 
     def _forget(self, number: int, sent: _Sent) -> None:
         del self._pending[number]
         self._bytes_over += len(sent.frame)
-        if self._watching and (not self._pending or len(self._pending) == _WINDOW // 2 or self._failures):
+        if self._watching and (not self._pending or len(self._pending) == _WINDOW // 2):
             self._watching = False
             self._bell.ring()
 
@@ -202,13 +196,11 @@ class JetOutlet:
             # Once the server has forgotten the id, saying it again could store it twice.
             for number, sent in list(self._pending.items()):
                 if now - sent.first > self._repeat_for:
-                    self._failures.append(
-                        errors.OutcomeUnknown(
-                            "sent, and not confirmed for so long that the server may have forgotten its id",
-                            url=self._jet.url,
-                            operation="send",
-                            message_id=sent.id,
-                        )
+                    sent.parcel.failure = errors.OutcomeUnknown(
+                        "sent, and not confirmed for so long that the server may have forgotten its id",
+                        url=self._jet.url,
+                        operation="send",
+                        message_id=sent.parcel.id,
                     )
                     self._forget(number, sent)
             self._resend([sent for sent in self._pending.values() if now > sent.repeat])

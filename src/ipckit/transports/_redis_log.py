@@ -124,7 +124,7 @@ def read_entry(number: bytes, fields: list[bytes]) -> tuple[Parcel, int | None]:
 
 class _Pending(NamedTuple):
     words: tuple[Word, ...]
-    id: str
+    parcel: Parcel
     size: int
 
 
@@ -150,7 +150,6 @@ class Adding:
         self.line = Line(address, self._prepare, self._opened, self._ear)
         self._pending = deque[_Pending]()
         self._held = 0
-        self._refused: list[errors.IpcError] = []
         self._again: Exception | None = None  # why what is pending must be sent once more
         self._sent = self._bytes = self._known = 0
 
@@ -176,7 +175,7 @@ class Adding:
             if self._held >= _MAX_HELD or len(self._pending) >= _MAX_WAITING:
                 return False
         wire = self.line.ready()
-        pending = _Pending(self._words(parcel), parcel.id, len(parcel.body))
+        pending = _Pending(self._words(parcel), parcel, len(parcel.body))
         self._pending.append(pending)
         self._held += pending.size
         if wire is not None:
@@ -217,16 +216,15 @@ class Adding:
     def _added(self, reply: Any) -> None:
         if self._again is not None:
             return  # that one is still pending, so this is: it is sent again, and the server knows its id
-        if isinstance(reply, Exception):
-            if passes(reply):
-                self._again = reply
-                return
-            error = map_redis(reply, self._address.url, "send")
-            error.__cause__ = reply
-            self._refused.append(error)
+        if isinstance(reply, Exception) and passes(reply):
+            self._again = reply
+            return
         pending = self._pending.popleft()
         self._held -= pending.size
-        if not isinstance(reply, Exception):
+        if isinstance(reply, Exception):
+            pending.parcel.failure = map_redis(reply, self._address.url, "send")
+            pending.parcel.failure.__cause__ = reply
+        else:
             self._sent += 1
             self._bytes += pending.size
             self._known += reply == 0
@@ -243,13 +241,7 @@ class Adding:
     def try_flush(self) -> bool:
         if self._pending:
             self._turn()
-            if self._pending:
-                return False
-        if self._refused:
-            first = self._refused[0]
-            self._refused.clear()
-            raise first
-        return True
+        return not self._pending
 
     def arm(self, want: Want) -> Wait:
         return self._ear.wait(self.line.fds(), self.line.at_most())
