@@ -8,6 +8,7 @@ It is kept without the usual armour lines, as scanners for leaked keys are right
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import tempfile
 from base64 import b64decode
@@ -43,3 +44,15 @@ def write(directory: Path) -> tuple[Path, Path]:
 def files(stack: ExitStack) -> tuple[Path, Path]:
     """The same, in a directory that goes with the stack."""
     return write(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipckit-bench-"))))
+
+
+def accepted(sock: socket.socket, stack: ExitStack) -> ssl.SSLSocket:
+    """A connection that came in, encrypted."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*files(stack))
+    return context.wrap_socket(sock, server_side=True)
+
+
+def connected(sock: socket.socket) -> ssl.SSLSocket:
+    """A connection that goes out, encrypted."""
+    return ssl.create_default_context(cadata=PEM).wrap_socket(sock, server_hostname="localhost")

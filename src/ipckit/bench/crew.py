@@ -1,4 +1,8 @@
-"""Both ends of one contender, seen from the parent: one or two workers, told what to do, and ended whatever happens."""
+"""All ends of one contender, seen from the parent: one or two workers, told what to do, and ended whatever happens.
+
+One end drives; the other is an echo, or an audience of many. Those are processes too, forked by their worker before it
+has opened anything.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from .measure import Job
-from .wires import Handed, Handover
+from .wires import Handed, Handover, Side
 
 _START = 20.0  # seconds until both ends are open; a loaded machine may take some
 _END = 3.0
@@ -41,6 +45,11 @@ class Plan:
         shell: what kind of opener it is.
         together: both ends in one process.
         handover: makes both ends here, where they cannot find each other by name.
+        loop: where the driving side talks to itself; see `Wire.turn`.
+        first: the side that has the name.
+        audience: how many echoes.
+        paced: the jobs are those of `paced`.
+        preload: modules that an audience imports once.
     """
 
     opener: str
@@ -49,10 +58,20 @@ class Plan:
     shell: Literal["sync", "aio"] = "sync"
     together: bool = False
     handover: Handover | None = None
+    loop: str = ""
+    first: Side = "echo"
+    audience: int = 1
+    paced: bool = False
+    preload: tuple[str, ...] = ()
 
     def at(self, **places: str) -> Plan:
         """With the placeholders of its addresses filled in."""
-        return replace(self, address=self.address.format(**places), options=self.options.format(**places))
+        return replace(
+            self,
+            address=self.address.format(**places),
+            options=self.options.format(**places),
+            loop=self.loop.format(**{**places, "name": places.get("name", "") + "loop"}),
+        )
 
 
 class Worker:
@@ -124,8 +143,10 @@ class Crew:
         self._cpus = {"drive": cpus[0], "echo": cpus[1]}
         self._environment = environment
         self._workers: list[Worker] = []
+        self._handing = contextlib.ExitStack()  # what is handed over is ours until they have it
         self._opened = False
-        self._sides: tuple[str, ...] = ("echo", "drive")
+        echoes = ("echo",) if plan.audience == 1 else tuple(f"echo.{i}" for i in range(plan.audience))
+        self._sides: tuple[str, ...] = (*echoes, "drive")
 
     def launch(self) -> None:
         plan = self._plan
@@ -135,22 +156,30 @@ class Crew:
             "shell": plan.shell,
             "opener": plan.opener,
             "options": plan.options,
+            "loop": plan.loop,
+            "first": plan.first,
+            "audience": plan.audience,
+            "preload": plan.preload,
         }
-        common |= {"address": plan.address, "descriptors": []}
+        common |= {"address": plan.address, "descriptors": [], "pace": []}
         if kind == "floor":
             self._sides = ("drive",)
-            self._workers = [Worker({"floor": mechanism, **common}, (), self._environment)]
+            self._start({"floor": mechanism, **common}, ())
             return
+        pace = _pipe(self._handing) if plan.paced else ()
+        common["pace"] = pace
         if plan.together:
-            self._workers = [Worker({"sides": ["echo", "drive"], **common}, (), self._environment)]
+            self._start({"sides": self._sides, **common}, pace)
             return
-        with contextlib.ExitStack() as stack:
-            ends: tuple[Handed, Handed] = ((plan.address, ()), (plan.address, ()))
-            if plan.handover is not None:
-                ends = stack.enter_context(plan.handover(plan.address))
-            for side, (address, descriptors) in zip(("echo", "drive"), ends, strict=True):
-                setup = {**common, "sides": [side], "address": address, "descriptors": list(descriptors)}
-                self._workers.append(Worker(setup, descriptors, self._environment))
+        ends: tuple[Handed, Handed] = ((plan.address, ()), (plan.address, ()))
+        if plan.handover is not None:
+            ends = self._handing.enter_context(plan.handover(plan.address))
+        for sides, (address, descriptors) in zip((self._sides[:-1], self._sides[-1:]), ends, strict=True):
+            setup = {**common, "sides": sides, "address": address, "descriptors": list(descriptors)}
+            self._start(setup, (*descriptors, *pace))
+
+    def _start(self, setup: Mapping[str, object], descriptors: Sequence[int]) -> None:
+        self._workers.append(Worker(setup, descriptors, self._environment))
 
     def open(self) -> None:
         waiting = set(self._sides)
@@ -158,13 +187,18 @@ class Crew:
         while waiting:
             for report in self._reports(deadline, "opening"):
                 if "listening" in report:
-                    self._tell({"to": "drive", "address": report["listening"]})
+                    other = "drive" if self._plan.first == "echo" else "echo"
+                    self._tell({"to": other, "address": report["listening"]})
                 elif "open" in report:
                     waiting.discard(report["side"])
+        self._handing.close()
         self._opened = True
 
     def do(self, job: Job, patience: float) -> dict[str, Any]:
-        """Run it, and return what both ends report of it. Raises ContenderFailed after `patience` seconds without a result."""
+        """Run it, and return what all ends report of it together.
+
+        Raises: ContenderFailed after `patience` seconds without a result.
+        """
         self._tell({"to": None, "measure": asdict(job)})
         waiting = set(self._sides)
         deadline = time.monotonic() + patience
@@ -172,7 +206,9 @@ class Crew:
         while waiting:
             for report in self._reports(deadline, f"measuring {job.kind} of {job.size} bytes"):
                 waiting.discard(report["side"])
-                result |= report["result"]
+                _join(result, report["result"])
+        if "sent" in result:
+            result["samples"] = [max(got - sent, 1) for sent, got in zip(result["sent"], result["got"], strict=True)]
         return result
 
     def _tell(self, order: Mapping[str, object]) -> None:
@@ -191,6 +227,7 @@ class Crew:
 
     def close(self, patience: float = _END) -> None:
         """End the workers: in order, so that they remove what they made, and by force after `patience` seconds."""
+        self._handing.close()
         self._tell({"to": None, "close": True})
         deadline = time.monotonic() + patience
         while self._workers:
@@ -203,3 +240,22 @@ class Crew:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(_END if kind is None else 0.2)
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe whose ends are the workers' once the stack is left."""
+    ends = os.pipe()
+    for end in ends:
+        stack.callback(os.close, end)
+    return ends
+
+
+def _join(result: dict[str, Any], report: Mapping[str, Any]) -> None:
+    """Of an audience: it has ended when the last one has, and received what all of them have."""
+    for name, value in report.items():
+        if name in result and name == "ended":
+            result[name] = max(result[name], value)
+        elif name in result and name == "received":
+            result[name] += value
+        else:
+            result[name] = value

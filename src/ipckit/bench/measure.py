@@ -19,20 +19,22 @@ from typing import Any, Literal
 from .stats import median
 from .wires import AsyncWire, Side, Wire
 
+Kind = Literal["trips", "flow", "turns", "hops", "stream", "burst"]
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One measurement, the same for both ends.
 
     Attributes:
-        kind: `trips`, there and back, one at a time; `flow`, one way, as fast as it goes.
+        kind: `trips`, there and back, one at a time; `flow`, one way, as fast as it goes; the others are in `paced`.
         size: bytes of each message.
         count: how many are timed.
         batch: of trips: how many between two looks at the clock. Of a flow: how many in one `send_many`; 1 uses `send`.
         lossy: of a flow: what does not come within `QUIET` seconds is lost.
     """
 
-    kind: Literal["trips", "flow"]
+    kind: Kind
     size: int
     count: int
     batch: int = 1

@@ -15,7 +15,7 @@ from .wires import QUIET, AsyncWire, End, Handed, Wire
 _OPEN = 10.0  # seconds
 
 
-def _target(end: End) -> Url:
+def target(end: End) -> Url:
     """What to connect to: the announced address, with the options of this side where they differ."""
     url = parse(end.address)
     return replace(url, options=tuple(parse_qsl(end.options, strict_parsing=True))) if end.options else url
@@ -29,7 +29,7 @@ def sync(end: End) -> Iterator[Wire]:
             end.announce(listener.url.reveal())
             ch = listener.accept(timeout=_OPEN)
     else:
-        ch = channel.connect(_target(end), timeout=_OPEN)
+        ch = channel.connect(target(end), timeout=_OPEN)
     with ch:
         yield Wire(ch.send, ch.recv, ch.send_many, ch.recv_many, recv_soon=partial(ch.recv, QUIET))
 
@@ -60,6 +60,6 @@ async def awaited(end: End) -> AsyncIterator[AsyncWire]:
             end.announce(listener.url.reveal())
             ch = await listener.accept(timeout=_OPEN)
     else:
-        ch = await aio.connect(_target(end), timeout=_OPEN)
+        ch = await aio.connect(target(end), timeout=_OPEN)
     async with ch:
         yield AsyncWire(ch.send, ch.recv, ch.send_many, ch.recv_many)

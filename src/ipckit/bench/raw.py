@@ -20,7 +20,7 @@ from typing import BinaryIO
 from . import certificate
 from .wires import QUIET, End, Handed, Wire
 
-_LENGTH = struct.Struct("!I")
+LENGTH = struct.Struct("!I")
 _SMALL = 1 << 16  # up to here one copy is cheaper than a second system call
 
 
@@ -29,21 +29,26 @@ _SMALL = 1 << 16  # up to here one copy is cheaper than a second system call
 
 def _framed_socket(sock: socket.socket, stack: ExitStack) -> Wire:
     reader = stack.enter_context(sock.makefile("rb"))
-    sendall = sock.sendall
+    return Wire(framing(sock.sendall), frames_of(reader))
+
+
+def framing(write: Callable[[bytes], object]) -> Callable[[bytes], None]:
+    """Send with a length before it."""
 
     def send(data: bytes) -> None:
         if len(data) <= _SMALL:
-            sendall(_LENGTH.pack(len(data)) + data)
+            write(LENGTH.pack(len(data)) + data)
         else:
-            sendall(_LENGTH.pack(len(data)))
-            sendall(data)
+            write(LENGTH.pack(len(data)))
+            write(data)
 
-    return Wire(send, _frames_of(reader))
+    return send
 
 
-def _frames_of(reader: BinaryIO) -> Callable[[], bytes]:
+def frames_of(reader: BinaryIO) -> Callable[[], bytes]:
+    """Receive the same."""
     read = reader.read
-    unpack = _LENGTH.unpack
+    unpack = LENGTH.unpack
 
     def recv() -> bytes:
         return read(unpack(read(4))[0])
@@ -56,7 +61,7 @@ def host_port(sock: socket.socket) -> str:
     return f"{host}:{port}"
 
 
-def _dial(end: End, family: socket.AddressFamily, stack: ExitStack) -> socket.socket:
+def dial(end: End, family: socket.AddressFamily, stack: ExitStack) -> socket.socket:
     """A connected stream socket; `address` is a path, or host:port."""
     host, _, port = end.address.rpartition(":")
     place = end.address if family == socket.AF_UNIX else (host, int(port))
@@ -77,30 +82,27 @@ def _dial(end: End, family: socket.AddressFamily, stack: ExitStack) -> socket.so
 def unix(end: End) -> Iterator[Wire]:
     """socket, AF_UNIX."""
     with ExitStack() as stack:
-        yield _framed_socket(_dial(end, socket.AF_UNIX, stack), stack)
+        yield _framed_socket(dial(end, socket.AF_UNIX, stack), stack)
 
 
 @contextmanager
 def tcp(end: End) -> Iterator[Wire]:
     """socket, TCP with TCP_NODELAY."""
     with ExitStack() as stack:
-        yield _framed_socket(_dial(end, socket.AF_INET, stack), stack)
+        yield _framed_socket(dial(end, socket.AF_INET, stack), stack)
 
 
 @contextmanager
 def tls(end: End) -> Iterator[Wire]:
     """TLS by ssl, over the same, with the certificate that ours uses."""
     with ExitStack() as stack:
-        if end.side == "echo":
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(*certificate.files(stack))
-        else:
-            context = ssl.create_default_context(cadata=certificate.PEM)
-        sock = _dial(end, socket.AF_INET, stack)
-        secure = context.wrap_socket(
-            sock, server_side=end.side == "echo", server_hostname=None if end.side == "echo" else "localhost"
-        )
-        yield _framed_socket(stack.enter_context(secure), stack)
+        yield _framed_socket(secured(end, stack), stack)
+
+
+def secured(end: End, stack: ExitStack) -> ssl.SSLSocket:
+    """A connected socket, encrypted."""
+    sock = dial(end, socket.AF_INET, stack)
+    return stack.enter_context(certificate.accepted(sock, stack) if end.side == "echo" else certificate.connected(sock))
 
 
 @contextmanager
@@ -116,12 +118,12 @@ def fifo(end: End) -> Iterator[Wire]:
         out, reader = os.open(to_echo, os.O_WRONLY | os.O_CLOEXEC), _reading(to_drive)
 
     def send(data: bytes) -> None:
-        frame = memoryview(_LENGTH.pack(len(data)) + data)
+        frame = memoryview(LENGTH.pack(len(data)) + data)
         while frame:
             frame = frame[os.write(out, frame) :]
 
     try:
-        yield Wire(send, _frames_of(reader))
+        yield Wire(send, frames_of(reader))
     finally:
         reader.close()
         os.close(out)
@@ -267,7 +269,7 @@ def shm(end: End) -> Iterator[Wire]:
         nonlocal written
         free.acquire()
         at = (outward * _SLOTS + written % _SLOTS) * _SLOT
-        _LENGTH.pack_into(view, at, len(data))
+        LENGTH.pack_into(view, at, len(data))
         view[at + 4 : at + 4 + len(data)] = data
         written += 1
         filled.release()
@@ -276,7 +278,7 @@ def shm(end: End) -> Iterator[Wire]:
         nonlocal read
         arrived.acquire()
         at = (inward * _SLOTS + read % _SLOTS) * _SLOT
-        data = bytes(view[at + 4 : at + 4 + _LENGTH.unpack_from(view, at)[0]])
+        data = bytes(view[at + 4 : at + 4 + LENGTH.unpack_from(view, at)[0]])
         read += 1
         done.release()
         return data

@@ -32,39 +32,42 @@ _QUEUES: list[asyncio.Queue[bytes]] = []
 
 
 @asynccontextmanager
-async def unix(end: End) -> AsyncIterator[AsyncWire]:
-    """Streams of asyncio over a Unix socket, with the same framing."""
-    if end.side == "echo":
-        arrived: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
-        server = await asyncio.start_unix_server(lambda *streams: arrived.set_result(streams), end.address)
-        end.announce(end.address)
-        reader, writer = await arrived
-        server.close()
-    else:
-        reader, writer = await asyncio.open_unix_connection(end.address)
-    yield _framed(reader, writer)
-    writer.close()
-    await writer.wait_closed()
+async def streams(end: End) -> AsyncIterator[AsyncWire]:
+    """Streams of asyncio over a Unix socket or TCP (asyncio sets TCP_NODELAY), with the same framing."""
+    async with stream_pair(end) as (reader, writer):
+        yield framed(reader, writer)
 
 
 @asynccontextmanager
-async def tcp(end: End) -> AsyncIterator[AsyncWire]:
-    """Streams of asyncio over TCP (asyncio sets TCP_NODELAY), with the same framing."""
+async def stream_pair(end: End) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Connected streams; the address is a path, or host:port."""
     host, _, port = end.address.rpartition(":")
     if end.side == "echo":
         arrived: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Future()
-        server = await asyncio.start_server(lambda *streams: arrived.set_result(streams), host, int(port))
-        end.announce(host_port(server.sockets[0]))
+
+        def take(*both: Any) -> None:
+            arrived.set_result(both)
+
+        if host:
+            server = await asyncio.start_server(take, host, int(port))
+            end.announce(host_port(server.sockets[0]))
+        else:
+            server = await asyncio.start_unix_server(take, end.address)
+            end.announce(end.address)
         reader, writer = await arrived
         server.close()
-    else:
+    elif host:
         reader, writer = await asyncio.open_connection(host, int(port))
-    yield _framed(reader, writer)
+    else:
+        reader, writer = await asyncio.open_unix_connection(end.address)
+    yield reader, writer
     writer.close()
     await writer.wait_closed()
 
 
-def _framed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> AsyncWire:
+def framed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> AsyncWire:
+    """Whole messages over them."""
+
     async def send(data: bytes) -> None:
         writer.write(_LENGTH.pack(len(data)) + data)
         await writer.drain()

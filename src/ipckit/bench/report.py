@@ -1,46 +1,44 @@
-"""How a run looks: the bars, the two tables, the notes. Everything fits into 100 columns, and says the same without colour."""
+"""How a run looks: heading, bars, tables, notes. It all fits into 100 columns, and says the same without colour."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from math import floor as round_down
 from math import log10
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from . import claims as claimed
-from . import stats
+from . import patterns, stats, tables
 from .machine import Machine
 from .results import Conditions, Measured, Results, Row
+from .tables import CLAIM, FLOOR, OURS, QUIET, RAW
 
-OURS, RAW, FLOOR, CLAIM, QUIET = "bold cyan", "yellow", "green", "magenta", "dim"
 _LAST_TICK = 7  # columns: `|100 µs`
 _BAR, _RAW_MARK, _FLOOR_MARK, _CLAIM_MARK = "━", "◆", "┃", "░"
 
 
 def report(results: Results, console: Console) -> RenderableType:
     """The whole of it, for this console."""
-    trips = _round_trips(results, names=True)
-    named = Measurement.get(console, console.options.update(width=1000), trips).maximum <= console.width
+    pattern = patterns.find(results.rows[0].pattern)
+    title = pattern.title.format(size=stats.size(results.conditions.sizes[0]))
+    latency = tables.latency(results, title, claimed=pattern.claimed, names=True)
+    named = Measurement.get(console, console.options.update(width=1000), latency).maximum <= console.width
     parts: list[RenderableType] = [
         _heading(results),
         Text(),
-        _chart(results, console.width),
+        _chart(results, title, pattern.claimed, console.width),
         Text(),
-        trips if named else _round_trips(results, names=False),
+        latency if named else tables.latency(results, title, claimed=pattern.claimed, names=False),
         Text("÷: our p50 in times theirs, from runs in turns; below 1 is faster", style=QUIET),
         Text(),
-        _one_way(results),
-        Text(
-            "÷: our rate in times theirs; above 1 is faster. batched: send_many, recv_many. MB: 10⁶ bytes", style=QUIET
-        ),
-        Text(),
-        _notes(results, names=not named),
     ]
+    for part in pattern.tables(results):
+        parts += [part, Text()]
+    parts.append(_notes(results, pattern.claimed, names=not named))
     failures = list(_failures(results))
     if failures:
         parts += [Text(), *failures]
@@ -85,20 +83,22 @@ def facts(machine: Machine, conditions: Conditions) -> Iterator[tuple[str, str]]
 # -- the bars -----------------------------------------------------------------------------------------------------
 
 
-def _chart(results: Results, width: int) -> RenderableType:
-    size = stats.size(results.conditions.sizes[0])
+def _chart(results: Results, title: str, claims: bool, width: int) -> RenderableType:
     rows = sorted(results.rows, key=lambda row: row.ours.trips.p50 if row.ours.trips else float("inf"))
     labels = max((len(row.label) for row in rows), default=0)
-    axis = _Axis(rows, max(width - labels - 13 - _LAST_TICK, 30))
+    axis = _Axis(rows, claims, max(width - labels - 13 - _LAST_TICK, 30))
+    key = Text.assemble(
+        (title, "bold"),
+        (", p50, logarithmic   ", QUIET),
+        (f"{_BAR} ipckit", OURS),
+        (f"   {_RAW_MARK} raw client", RAW),
+    )
+    if any(row.floor for row in rows):
+        key.append(f"   {_FLOOR_MARK} {tables.beside(results)}", FLOOR)
+    if claims:
+        key.append(f"   {_CLAIM_MARK} claimed", CLAIM)
     lines = [
-        Text.assemble(
-            (f"Round trip of {size}", "bold"),
-            (", p50, logarithmic   ", QUIET),
-            (f"{_BAR} ipckit", OURS),
-            (f"   {_RAW_MARK} raw client", RAW),
-            (f"   {_FLOOR_MARK} C floor", FLOOR),
-            (f"   {_CLAIM_MARK} claimed", CLAIM),
-        ),
+        key,
         Text(" " * (labels + 13) + axis.ticks(), style=QUIET),
     ]
     for row in rows:
@@ -114,11 +114,12 @@ def _chart(results: Results, width: int) -> RenderableType:
 class _Axis:
     """A logarithmic axis over everything that is drawn, from a full decade to a full decade."""
 
-    def __init__(self, rows: Iterable[Row], width: int) -> None:
+    def __init__(self, rows: Iterable[Row], claims: bool, width: int) -> None:
+        self._claims: Callable[[Row], tuple[claimed.Claim, ...]] = (
+            (lambda row: claimed.claims(row.scheme)[:1]) if claims else (lambda row: ())
+        )
         values = [each.trips.p50 for row in rows for each in row.contenders() if each.trips]
-        values += [
-            bound for row in rows for claim in claimed.claims(row.scheme)[:1] for bound in (claim.low, claim.high)
-        ]
+        values += [bound for row in rows for claim in self._claims(row) for bound in (claim.low, claim.high)]
         values = [value for value in values if value > 0] or [1e3]
         self._first = round_down(log10(min(values)))
         self._decades = max(round_down(log10(max(values)) - 1e-9) + 1 - self._first, 1)
@@ -137,7 +138,7 @@ class _Axis:
 
     def line(self, row: Row) -> Text:
         cells = [(" ", "")] * self._width
-        for claim in claimed.claims(row.scheme)[:1]:
+        for claim in self._claims(row):
             for at in range(self._at(claim.low), self._at(claim.high) + 1):
                 cells[at] = (_CLAIM_MARK, CLAIM)
         assert row.ours.trips is not None
@@ -158,100 +159,10 @@ def _why(measured: Measured) -> str:
     return f"{measured.hint or measured.failed}" if measured.absent else f"failed: {measured.failed or 'no figure'}"
 
 
-# -- the tables ---------------------------------------------------------------------------------------------------
-
-
-def _table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """Without the columns that nobody has anything to say in."""
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-        header_style="",
-        expand=False,
-    )
-    kept = [number for number in range(len(columns)) if any(len(row[number]) for row in rows)]
-    for name, style in (columns[number] for number in kept):
-        left = name in ("", "raw client", "claimed")
-        table.add_column(Text(name), style=style, justify="left" if left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[number] for number in kept))
-    return table
-
-
-def _round_trips(results: Results, *, names: bool) -> RenderableType:
-    size = stats.size(results.conditions.sizes[0])
-    columns = [("", ""), ("p50", OURS), ("p99", ""), ("p99.9", "")]
-    columns += [("raw client", RAW)] if names else []
-    columns += [("raw p50", RAW), ("÷ raw", ""), ("C floor", FLOOR), ("÷ floor", ""), ("claimed", CLAIM)]
-    rows = []
-    for row in results.rows:
-        if row.ours.trips is None:
-            continue
-        trips, raw, bottom = row.ours.trips, row.raw, row.floor
-        claim = claimed.claims(row.scheme)[:1]
-        cells: list[str | Text] = [row.label, *map(stats.duration, (trips.p50, trips.p99, trips.p999))]
-        cells += [raw.name if raw else ""] if names else []
-        cells += [_p50(raw), _judged(row.trips_ratio(raw), 1.0, 1.1), _p50(bottom)]
-        cells += [_judged(row.trips_ratio(bottom), 1.25, 2.0), claim[0].text if claim else ""]
-        rows.append(cells)
-    return _table(f"Round trip of {size}", columns, rows)
-
-
-def _p50(measured: Measured | None) -> str:
-    if measured is None:
-        return ""
-    return stats.duration(measured.trips.p50) if measured.trips else "–"
-
-
-def _judged(value: float | None, good: float, fair: float, *, more_is_better: bool = False) -> Text:
-    if value is None:
-        return Text("")
-    cost = 1 / value if more_is_better and value > 0 else value
-    return Text(stats.times(value), style="green" if cost <= good else "" if cost <= fair else "red")
-
-
-def _one_way(results: Results) -> RenderableType:
-    sizes = results.conditions.sizes
-    columns = [("", "")]
-    for number, size in enumerate(sizes):
-        columns += [(f"{stats.size(size)} {'msg/s' if number == 0 else 'MB/s'}", OURS)]
-        columns += [("batched", OURS)] if number == 0 else []
-        columns += [("raw", RAW), ("÷ raw", ""), ("floor", FLOOR)]
-    rows = []
-    for row in results.rows:
-        if not row.ours.flows:
-            continue
-        cells: list[str | Text] = [row.label]
-        for number, size in enumerate(sizes):
-            cells.append(_rate(row.ours, size, number == 0))
-            if number == 0:
-                cells.append(stats.count(row.ours.batched.rate) if row.ours.batched else "")
-            cells += [_rate(row.raw, size, number == 0)]
-            cells += [_judged(row.flow_ratio(row.raw, size), 1.0, 1.1, more_is_better=True)]
-            cells += [_rate(row.floor, size, number == 0)]
-        rows.append(cells)
-    return _table("One way", columns, rows)
-
-
-def _rate(measured: Measured | None, size: int, messages: bool) -> str:
-    if measured is None:
-        return ""
-    flow = measured.flows.get(size)
-    if flow is None:
-        return "–"
-    text = stats.count(flow.rate) if messages else stats.digits(flow.megabytes)
-    return f"{text} −{flow.lost:.0%}" if flow.lost >= 0.005 else text
-
-
 # -- the small print ----------------------------------------------------------------------------------------------
 
 
-def _notes(results: Results, *, names: bool) -> RenderableType:
+def _notes(results: Results, claims: bool, *, names: bool) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(style=QUIET)
@@ -272,8 +183,8 @@ def _notes(results: Results, *, names: bool) -> RenderableType:
         if each.trips
     ]
     if others:
-        note("C floors, other", "; ".join(others), FLOOR)
-    quoted = dict.fromkeys(claim for row in results.rows for claim in claimed.claims(row.scheme))
+        note("C floors, other" if tables.beside(results) == "C floor" else "others", "; ".join(others), FLOOR)
+    quoted = dict.fromkeys(claim for row in results.rows if claims for claim in claimed.claims(row.scheme))
     if quoted:
         note("claimed", claimed.NOT_ALIKE, CLAIM)
         sources: dict[str, list[str]] = {}

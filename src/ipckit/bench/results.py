@@ -11,7 +11,7 @@ import msgspec
 
 from ..errors import BadOption
 from .machine import Machine
-from .stats import Flow, Trips, ratio
+from .stats import Fan, Flow, Trips, ratio
 
 FORMAT = 1
 
@@ -21,28 +21,36 @@ class Measured:
     """One contender.
 
     Attributes:
-        name: "ipckit", the raw client's, or the mechanism of the floor.
-        flows: by size in bytes, sent one by one.
-        batched: our `send_many` and `recv_many`, at the first size.
+        name: "ipckit", the raw client's, the mechanism of the floor, or the reference's.
+        trips: the pattern's first latency.
+        hops: of a queue: from process to process.
+        flows: by size in bytes, sent one by one; of topics: with one subscriber.
+        batched: `send_many` and `recv_many`, at the first size.
+        fans: of topics: for each number of subscribers and each size.
         failed: why there is nothing, or not all.
         absent: it is not installed, or this machine cannot do it: no failure of ours.
     """
 
-    kind: Literal["ours", "raw", "floor"]
+    kind: Literal["ours", "raw", "floor", "reference"]
     name: str
     trips: Trips | None = None
+    hops: Trips | None = None
     flows: dict[int, Flow] = field(default_factory=dict)
     batched: Flow | None = None
+    fans: list[Fan] = field(default_factory=list)
     failed: str | None = None
     hint: str | None = None
     absent: bool = False
+
+    def fan(self, subscribers: int, size: int) -> Fan | None:
+        return next((fan for fan in self.fans if (fan.subscribers, fan.size) == (subscribers, size)), None)
 
 
 @dataclass(slots=True)
 class Row:
     """One line of the table: ours, and what it is compared with.
 
-    `floors[0]` is what ratios are of.
+    `floors[0]` is what ratios are of; in a pattern without floors, references stand there.
     """
 
     pattern: str
@@ -72,6 +80,18 @@ class Row:
         if other is None or other.trips is None or self.ours.trips is None:
             return None
         return ratio(self.ours.trips.runs, other.trips.runs)
+
+    def hops_ratio(self, other: Measured | None) -> float | None:
+        """Our message from process to process, in times the other's."""
+        if other is None or other.hops is None or self.ours.hops is None:
+            return None
+        return ratio(self.ours.hops.runs, other.hops.runs)
+
+    def batched_ratio(self, other: Measured | None) -> float | None:
+        """Our messages per second in batches, in times the other's."""
+        if other is None or other.batched is None or self.ours.batched is None:
+            return None
+        return ratio(self.ours.batched.runs, other.batched.runs)
 
     def flow_ratio(self, other: Measured | None, size: int) -> float | None:
         """Our messages per second, in times the other's."""

@@ -1,13 +1,11 @@
-"""What is measured: a table of cases, and a registry of patterns that such tables belong to.
+"""What a case is: one transport in one pattern, and everything that it is compared with.
 
-A case is one transport: the URLs under which ours is opened (its *variants*), the raw client that does the same work, the
-C floors of the same mechanism. All of them are measured side by side, in turns, because on a busy or throttled machine
-only the ratio of neighbours means anything.
+A case has the URLs under which ours is opened (its *variants*), the raw client that does the same work, the C floors of the
+same mechanism, well-known references. All of them are measured side by side, in turns, because on a busy or throttled
+machine only the ratio of neighbours means anything. The tables of cases are in `patterns`, one module for each.
 
-A later pattern (queue, pubsub, rpc) adds its own tuple of cases to `PATTERNS`, with openers of its own; the session, the
-workers and the report do not change.
-
-Placeholders in addresses: `{dir}` a fresh directory, `{name}` a fresh name, `{redis}` and `{nats}` the server's URL.
+Placeholders in addresses: `{dir}` a fresh directory, `{name}` a fresh name, `{port}` a free port,
+`{redis}` and `{nats}` the server's URL.
 """
 
 from __future__ import annotations
@@ -18,9 +16,8 @@ from difflib import get_close_matches
 from typing import Literal
 
 from .. import _registry
-from .._url import parse
+from .._url import Url, parse
 from ..errors import BadOption, UnknownScheme
-from . import ours, raw
 from .crew import Plan
 from .wires import Handover
 
@@ -39,6 +36,7 @@ class Raw:
         awaited_name: the name of that one, where it differs.
         handover: makes both ends in the parent.
         needs: modules beyond those of the transport.
+        batches: it has a way of its own to send and receive many at once.
     """
 
     name: str
@@ -48,6 +46,7 @@ class Raw:
     awaited_name: str = ""
     handover: Handover | None = None
     needs: tuple[str, ...] = ()
+    batches: bool = False
 
     def name_in(self, shell: Shell) -> str:
         return self.name if shell == "sync" else self.awaited_name or self.name
@@ -57,11 +56,19 @@ class Raw:
 class Variant:
     """One way of opening the transport: options of the URL, and the floors that it is compared with.
 
-    The first floor is the one that ratios are of; the others are measured and told as well.
+    The first floor is the one that ratios are of; the others are measured and told as well. A variant that is more than
+    options has a `name`, and an opener of its own for each shell ("": the case's); `shells` says where it is measured.
     """
 
     options: str = ""
     floors: tuple[str, ...] = ()
+    name: str = ""
+    opener: str = ""
+    shells: tuple[Shell, ...] = ("sync", "aio")
+
+    @property
+    def label(self) -> str:
+        return " ".join(part for part in (self.options, self.name) if part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,8 @@ class Case:
         server: what has to be started first.
         awaited: it has a row of its own in the aio shell.
         flow_bytes: no single flow carries more: a broker holds it all in memory, or drops a reader that lags.
+        references: what people know, to compare with in place of floors; sync only.
+        loop: a second place, for `Wire.turn`; "": as `url`, with another name.
     """
 
     scheme: str
@@ -91,154 +100,48 @@ class Case:
     awaited_opener: str = "ipckit.bench.ours:awaited"
     handover: Handover | None = None
     flow_bytes: int = 1 << 30
+    references: tuple[Raw, ...] = ()
+    loop: str = ""
 
     def ours(self, variant: Variant, shell: Shell) -> Plan:
         """How ours is opened; its placeholders are still to be filled in."""
-        url = "?".join(part for part in (self.url, variant.options) if part)
-        if "?" in self.url and variant.options:
-            url = f"{self.url}&{variant.options}"
         dial = "&".join(part for part in (self.dial, variant.options) if part) if self.dial else ""
-        opener = self.opener if shell == "sync" else self.awaited_opener
-        return Plan(opener, url, dial, shell, self.together, self.handover)
+        opener = variant.opener or (self.opener if shell == "sync" else self.awaited_opener)
+        loop = _with(self.loop or self.url, variant.options)
+        url = _with(self.url, variant.options)
+        return Plan(opener, url, dial, shell, self.together, self.handover, loop)
 
     def rival(self, shell: Shell) -> Plan | None:
         """How the raw client is opened, where there is one in this shell."""
         opener = self.raw and (self.raw.opener if shell == "sync" else self.raw.awaited)
         if self.raw is None or not opener:
             return None
-        return Plan(opener, self.raw.address, "", shell, self.together, self.raw.handover)
+        return Plan(opener, self.raw.address, "", shell, self.together, self.raw.handover, self.raw.address)
+
+    def known(self, reference: Raw) -> Plan:
+        """How a reference is opened."""
+        return Plan(reference.opener, reference.address, "", "sync", False, reference.handover, reference.address)
+
+    def variants_in(self, shell: Shell) -> tuple[Variant, ...]:
+        return tuple(variant for variant in self.variants if shell in variant.shells)
 
 
-def spinning(blocking: str, *also: str, spin: str | None = None) -> tuple[Variant, ...]:
-    """The two variants of a transport with a `spin` option: as it comes, and never spinning."""
-    return Variant("spin=auto", (spin or blocking, *also)), Variant("spin=0", (blocking,))
+def _with(url: str, options: str) -> str:
+    return url + ("&" if "?" in url else "?") + options if options else url
 
 
-_RAW = "ipckit.bench.raw:"
-_BROKERS = "ipckit.bench.raw_brokers:"
-_AIO = "ipckit.bench.raw_aio:"
-
-CHANNEL: tuple[Case, ...] = (
-    Case(
-        scheme="shm",
-        url="shm://{name}",
-        variants=spinning("shm-futex", "sem", spin="shm-spin"),
-        raw=Raw("shared_memory", _RAW + "shm", "/{name}", needs=("posix_ipc",)),
-    ),
-    Case(
-        scheme="inproc",
-        url="inproc://{name}",
-        together=True,
-        raw=Raw("queue.SimpleQueue", _RAW + "inproc", awaited=_AIO + "inproc", awaited_name="asyncio.Queue"),
-        awaited=True,
-    ),
-    Case(
-        scheme="unix",
-        url="unix://{dir}/{name}",
-        variants=spinning("unix", "unix-spin"),
-        raw=Raw("socket", _RAW + "unix", "{dir}/{name}.raw", _AIO + "unix", "asyncio streams"),
-        awaited=True,
-    ),
-    Case(
-        scheme="pipe",
-        url="pipe://",
-        variants=spinning("pipe"),
-        opener="ipckit.bench.ours:inherited",
-        handover=ours.pipe_ends,
-        raw=Raw("multiprocessing.Pipe", _RAW + "pipe", handover=raw.pipe_ends),
-    ),
-    Case(
-        scheme="fifo",
-        url="fifo://{name}",
-        variants=spinning("fifo"),
-        raw=Raw("os.mkfifo", _RAW + "fifo", "{dir}/{name}.raw"),
-    ),
-    Case(
-        scheme="mq",
-        url="mq://{name}",
-        variants=(Variant("", ("mq",)),),
-        raw=Raw("posix_ipc", _RAW + "mq", "/{name}"),
-    ),
-    Case(
-        scheme="tcp",
-        url="tcp://127.0.0.1:0",
-        variants=spinning("tcp"),
-        raw=Raw("socket", _RAW + "tcp", "127.0.0.1:0", _AIO + "tcp", "asyncio streams"),
-        awaited=True,
-    ),
-    Case(
-        scheme="tls",
-        url="tls://localhost:0?cert={dir}/certificate.pem&key={dir}/key.pem",
-        dial="ca={dir}/certificate.pem",
-        raw=Raw("ssl", _RAW + "tls", "127.0.0.1:0"),
-    ),
-    Case(
-        scheme="udp",
-        url="udp://127.0.0.1:0",
-        variants=(Variant("", ("udp",)),),
-        raw=Raw("socket", _RAW + "udp", "127.0.0.1:0"),
-        lossy=True,
-    ),
-    Case(
-        scheme="zmq+ipc",
-        url="zmq+ipc://{dir}/{name}",
-        raw=Raw("pyzmq PAIR", _RAW + "zmq", "ipc://{dir}/{name}.raw", _AIO + "zmq"),
-        awaited=True,
-    ),
-    Case(scheme="zmq+tcp", url="zmq+tcp://127.0.0.1:0", raw=Raw("pyzmq PAIR", _RAW + "zmq", "tcp://127.0.0.1:*")),
-    Case(
-        scheme="zmq+inproc",
-        url="zmq+inproc://{name}",
-        raw=Raw("pyzmq PAIR", _RAW + "zmq", "inproc://{name}.raw"),
-        together=True,
-    ),
-    Case(
-        scheme="nats",
-        url="{nats}/{name}",
-        raw=Raw("nats-py", _BROKERS + "nats", "{nats}/{name}.raw", _AIO + "nats"),
-        server="nats",
-        awaited=True,
-        flow_bytes=32 << 20,
-    ),
-    Case(
-        scheme="redis",
-        url="{redis}/0/{name}",
-        raw=Raw("redis-py", _BROKERS + "redis", "{redis}/{name}.raw", _AIO + "redis"),
-        server="redis",
-        awaited=True,
-        flow_bytes=32 << 20,
-    ),
-    Case(
-        scheme="grpc+unix",
-        url="grpc+unix://{dir}/{name}",
-        raw=Raw("grpcio stream", _BROKERS + "grpc", "unix:{dir}/{name}.raw"),
-        flow_bytes=128 << 20,
-    ),
-    Case(
-        scheme="grpc",
-        url="grpc://127.0.0.1:0",
-        raw=Raw("grpcio stream", _BROKERS + "grpc", "127.0.0.1:0", _AIO + "grpc", "grpc.aio stream"),
-        awaited=True,
-        flow_bytes=128 << 20,
-    ),
-)
-
-#: Pattern → its cases, in the order of the table.
-PATTERNS: dict[str, tuple[Case, ...]] = {"channel": CHANNEL}
-
-
-def select(pattern: str, wanted: Sequence[str]) -> tuple[Case, ...]:
+def select(cases: Sequence[Case], wanted: Sequence[str], blank: Case) -> tuple[Case, ...]:
     """The cases for what was asked for: schemes (`unix`, `zmq` for the family), or whole URLs; nothing: all of them.
 
-    A whole URL is measured as it stands, against the raw client of its scheme; for a broker, that server is used.
+    A whole URL is measured as it stands, against the raw client of its scheme; for a broker, that server is used. `blank` is
+    the case of a transport that no table knows.
     """
-    cases = PATTERNS[pattern]
     if not wanted:
-        return cases
+        return tuple(cases)
     chosen: list[Case] = []
     for text in wanted:
         if "://" in text:
-            chosen.append(_from_url(text, cases))
+            chosen.append(_from_url(text, cases, blank))
             continue
         found = [case for case in cases if text in (case.scheme, case.scheme.partition("+")[0])]
         if not found:
@@ -252,23 +155,34 @@ def select(pattern: str, wanted: Sequence[str]) -> tuple[Case, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
-def _from_url(text: str, cases: Sequence[Case]) -> Case:
+def _from_url(text: str, cases: Sequence[Case], blank: Case) -> Case:
     url = parse(text)
     _registry.find(url)  # an unknown scheme is told here, with a suggestion
     bare = replace(url, options=()).reveal()
     options = text.partition("?")[2]
-    case = next((case for case in cases if case.scheme == url.scheme), None)
-    if case is None:  # a third party's: nothing is known to compare it with
-        return Case(scheme=url.scheme, url=_literal(bare), variants=(Variant(_literal(options)),))
+    loop = _literal(_beside(replace(url, options=())).reveal())
+    like = [case for case in cases if case.scheme == url.scheme]
+    if not like:  # a third party's: nothing is known to compare it with
+        return replace(blank, scheme=url.scheme, url=_literal(bare), loop=loop, variants=(Variant(_literal(options)),))
+    case = next((case for case in like if any(variant.options == options for variant in case.variants)), like[0])
     if case.handover is not None:
         raise BadOption("this transport has no addresses", url=url, hint=f"--transport {url.scheme}")
-    like = next((v for v in case.variants if v.options == options), case.variants[-1])
-    variant = Variant(_literal(options), like.floors)
+    floors = next((v.floors for v in case.variants if v.options == options), case.variants[-1].floors)
+    variant = Variant(_literal(options), floors)
     if case.server is None or case.raw is None:
-        return replace(case, url=_literal(bare), variants=(variant,))
+        return replace(case, url=_literal(bare), loop=loop, variants=(variant,))
     server = replace(url, options=(), path="").reveal()
     opposite = replace(case.raw, address=f"{_literal(server)}/{{name}}.raw")
-    return replace(case, url=_literal(bare), variants=(variant,), raw=opposite, server=None)
+    return replace(case, url=_literal(bare), loop=loop, variants=(variant,), raw=opposite, server=None)
+
+
+def _beside(url: Url) -> Url:
+    """A place of its own near this one."""
+    if url.path:
+        return replace(url, path=url.path + "-loop")
+    if url.hosts and url.host.port is not None:
+        return url.with_port(0)
+    return replace(url, hosts=tuple(replace(host, name=host.name + "-loop") for host in url.hosts))
 
 
 def _literal(text: str) -> str:

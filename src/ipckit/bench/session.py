@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import secrets
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +24,11 @@ from .. import _registry
 from .._url import parse
 from ..errors import IpcError, MissingDependency
 from ..testing.servers import Server, nats_server, redis_server
-from . import certificate, stats
+from . import certificate, patterns, stats
 from .crew import ContenderFailed, Crew, Plan
 from .machine import Machine
-from .measure import Job
+from .measure import Job, Kind
+from .raw_queue_brokers import forget
 from .results import Conditions, Measured, Results, Row
 from .scenarios import Case, Shell
 
@@ -37,6 +40,7 @@ class Budget:
     Attributes:
         samples: single round trips of all repeats together, at least; what a 99.9th percentile asks for.
         total: of the whole table. A case whose share of it is used up is not repeated again.
+        start: what it takes to start a contender and to warm it up; for the estimate.
     """
 
     repeats: int
@@ -44,17 +48,20 @@ class Budget:
     flow: float
     samples: int = 0
     total: float = inf
+    start: float = 1.0
 
 
-FULL = Budget(repeats=5, trips=0.25, flow=0.1, samples=stats.needed(0.999))
-QUICK = Budget(repeats=3, trips=0.04, flow=0.02, total=40.0)
+FULL = Budget(repeats=5, trips=0.25, flow=0.1, samples=stats.needed(0.999), start=1.2)
+QUICK = Budget(repeats=3, trips=0.04, flow=0.02, total=40.0, start=0.6)
 
+_NAMES: dict[Kind, str] = {"trips": "round trips", "turns": "one at a time", "hops": "from process to process"}
 #: A round trip below this (ns) is timed in batches for its median: the clock is read once for many.
 BRIEF = 10_000
 _BATCH = 32
 _MANY = 64  # messages in one send_many
 _MOST_SAMPLES = 50_000  # of one repeat: they all come back to us
 _PATIENCE = 15.0  # seconds beyond what a measurement should take
+_BURST = 32, 1 << 18  # messages, and bytes, that fit into everybody's buffers
 
 
 @dataclass(slots=True)
@@ -65,17 +72,15 @@ class _Contender:
     found: Measured
     case: Case
     shell: Shell
+    batches: bool  # it has send_many, and costs little enough for that to matter
+    audience: int
     largest: int | None = None  # bytes; None: any
-    trip: float = 0.0  # ns, as tried
+    trip: dict[Kind, float] = field(default_factory=dict)  # ns, as tried
     rates: dict[tuple[int, int], float] = field(default_factory=dict)  # (size, batch) → messages a second, as tried
-    centres: list[float] = field(default_factory=list)
-    singles: list[list[float]] = field(default_factory=list)
+    centres: dict[Kind, list[float]] = field(default_factory=dict)
+    singles: dict[Kind, list[list[float]]] = field(default_factory=dict)
     flows: dict[tuple[int, int], list[tuple[int, int, int]]] = field(default_factory=dict)
-
-    @property
-    def batches(self) -> bool:
-        """It has send_many, and costs little enough for that to matter."""
-        return self.found.kind == "ours"
+    bursts: dict[int, list[tuple[float, float]]] = field(default_factory=dict)  # size → (ns, CPU ns) of one message
 
     def carries(self, size: int) -> bool:
         return self.largest is None or size <= self.largest
@@ -104,7 +109,7 @@ class Session:
         machine: Machine,
         progress: Progress = lambda what, part: None,
     ) -> None:
-        self._pattern = pattern
+        self._pattern = patterns.find(pattern)
         self._work: list[tuple[Case, Shell]] = [
             (case, shell) for case in cases for shell in shells if shell == "sync" or case.awaited or len(shells) == 1
         ]
@@ -125,7 +130,7 @@ class Session:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ipckit-bench-")))
             certificate.write(directory)
             servers = _Servers(stack)
-            weights = [_weight(case, shell) for case, shell in self._work]
+            weights = [self._weight(case, shell) for case, shell in self._work]
             for done, (case, shell) in enumerate(self._work):
                 self._part, self._share = sum(weights[:done]) / sum(weights), weights[done] / sum(weights)
                 left = began + self._budget.total - time.monotonic()
@@ -152,11 +157,12 @@ class Session:
     def _case(self, case: Case, shell: Shell, directory: Path, servers: _Servers) -> list[Row]:
         raw = _raw(case, shell)  # measured once, for all variants
         rows = [
-            Row(self._pattern, case.scheme, variant.options, shell, Measured("ours", "ipckit"), raw)
-            for variant in case.variants
+            Row(self._pattern.name, case.scheme, variant.label, shell, Measured("ours", "ipckit"), raw)
+            for variant in case.variants_in(shell)
         ]
         try:
-            transport = _registry.open_transport(parse(case.scheme + "://x"))
+            url = parse(case.scheme + "://x")
+            transport = _registry.open_transport(url)
             largest = transport.capabilities.max_message
             places = {"dir": str(directory), **servers.start(case.server)}
         except (IpcError, ImportError) as error:
@@ -167,84 +173,123 @@ class Session:
                 row.raw, row.floors = None, []
             return rows
         environment = {"IPCKIT_RUNTIME_DIR": str(directory / "run")}
-        with ExitStack() as stack:
-            contenders = [
-                stack.enter_context(_contender(plan, found, case, self._cpus, environment, largest))
-                for plan, found in self._plans(case, shell, rows, places)
-            ]
-            for contender in contenders:  # all start side by side
-                with _failing(contender):
-                    contender.crew.launch()
-            for contender in contenders:
-                with _failing(contender):
-                    contender.crew.open()
-            self._measure([each for each in contenders if each.found.failed is None], rows[0].label)
+        known: dict[str, Measured] = {}  # floors and references, each measured once
+        name = f"bench{secrets.token_hex(4)}"
+        audiences = self._audiences(shell)
+        for number, audience in enumerate(audiences):
+            with ExitStack() as stack:
+                if case.server is not None:
+                    stack.callback(_forget, places[case.server], name)
+                contenders = [
+                    stack.enter_context(self._contender(plan, found, case, audience, environment, largest))
+                    for plan, found in self._plans(case, shell, rows, known, {**places, "name": name})
+                    if found.failed is None
+                ]
+                for contender in contenders:  # all start side by side
+                    with _failing(contender):
+                        contender.crew.launch()
+                for contender in contenders:
+                    with _failing(contender):
+                        contender.crew.open()
+                self._measure([c for c in contenders if c.found.failed is None], rows[0].label, number, len(audiences))
         return rows
 
+    def _audiences(self, shell: Shell) -> tuple[int, ...]:
+        """What a crowd costs is asked in the sync shell."""
+        return self._pattern.audiences if shell == "sync" else self._pattern.audiences[:1]
+
     def _plans(
-        self, case: Case, shell: Shell, rows: Sequence[Row], places: dict[str, str]
+        self, case: Case, shell: Shell, rows: Sequence[Row], known: dict[str, Measured], places: dict[str, str]
     ) -> Iterator[tuple[Plan, Measured]]:
-        """How each contender is opened. The rows share the raw client; each floor is measured once."""
+        """How each contender is opened. The rows share the raw client; each floor and reference is measured once."""
+        numbers = itertools.count()
 
         def fill(plan: Plan) -> Plan:
-            return plan.at(name=f"bench{secrets.token_hex(4)}", **places)
+            return plan.at(**{**places, "name": f"{places['name']}n{next(numbers)}", "port": str(_free_port())})
 
-        floors: dict[str, Measured] = {}
-        for variant, row in zip(case.variants, rows, strict=True):
+        told: set[str] = set()
+        for variant, row in zip(case.variants_in(shell), rows, strict=True):
             yield fill(case.ours(variant, shell)), row.ours
             one_cpu = self._cpus[0] == self._cpus[1]  # where a floor that spins waits for the scheduler
-            for mechanism in case.variants[-1].floors if one_cpu else variant.floors:
-                if mechanism not in floors:
-                    floors[mechanism] = Measured("floor", mechanism)
-                    yield Plan(f"floor:{mechanism}"), floors[mechanism]
-                row.floors.append(floors[mechanism])
+            floors = case.variants[-1].floors if one_cpu else variant.floors
+            others = {mechanism: ("floor", Plan(f"floor:{mechanism}")) for mechanism in floors}
+            if shell == "sync":
+                others |= {each.name: ("reference", fill(case.known(each))) for each in case.references}
+            for what, (kind, plan) in others.items():
+                found = known.setdefault(what, Measured(kind, what))  # type: ignore[arg-type]
+                if found not in row.floors:
+                    row.floors.append(found)
+                if what not in told:
+                    told.add(what)
+                    yield plan, found
         rival = case.rival(shell)
         if rival is not None and rows[0].raw is not None:
             yield fill(rival), rows[0].raw
 
+    @contextlib.contextmanager
+    def _contender(
+        self, plan: Plan, found: Measured, case: Case, audience: int, environment: dict[str, str], largest: int | None
+    ) -> Iterator[_Contender]:
+        pattern = self._pattern
+        modules = _registry.find(parse(case.scheme + "://x")).requires
+        plan = replace(plan, first=pattern.first, audience=audience, paced=pattern.paced, preload=modules)
+        batches = found.kind == "ours" or (found.kind == "raw" and case.raw is not None and case.raw.batches)
+        with Crew(plan, self._cpus, environment) as crew:
+            bound = None if found.kind == "floor" else largest
+            yield _Contender(crew, found, case, plan.shell, batches, audience, bound)
+
     # -- calibrate, then in turns -------------------------------------------------------------------------------------
 
-    def _measure(self, crews: list[_Contender], label: str) -> None:
-        size = self._sizes[0]
-        flows = [(each, 1) for each in self._sizes] + [(size, _MANY)]
-        stages = 1 + self._budget.repeats * (1 + len(flows))
+    def _measure(self, crews: list[_Contender], label: str, number: int, of: int) -> None:
+        pattern, size = self._pattern, self._sizes[0]
+        latency = pattern.latency if number == 0 else ()
+        flows = [(each, 1) for each in self._sizes] + ([(size, _MANY)] if pattern.batches else [])
+        stages = 1 + self._budget.repeats * (len(latency) + len(flows) + (len(self._sizes) if pattern.bursts else 0))
         stage = 0
+        name = label.partition(" ")[0] + (f", {pattern.audiences[number]} subscribers" if of > 1 else "")
 
         def each(what: str, step: Callable[[_Contender], None]) -> None:
             nonlocal stage
-            self._say(f"{label.partition(' ')[0]} · {what}", stage / stages)
+            self._say(f"{name} · {what}", (number + stage / stages) / of)
             stage += 1
             for contender in crews:
                 if contender.found.failed is None:
                     with _failing(contender):
                         step(contender)
 
-        each("warming up", lambda c: self._calibrate(c, flows))
+        each("warming up", lambda c: self._calibrate(c, latency, flows))
+        due = self._due - (of - 1 - number) / of * max(self._due - time.monotonic(), 0) if of > 1 else self._due
         for turn in range(self._budget.repeats):
-            if turn and time.monotonic() > self._due:
+            if turn and time.monotonic() > due:
                 break
-            each(f"round trips, {turn + 1} of {self._budget.repeats}", self._trips)
+            for kind in latency:
+                what = f"{_NAMES[kind]}, {turn + 1} of {self._budget.repeats}"
+                each(what, lambda c, kind=kind: self._trips(c, kind))  # type: ignore[misc]
+            for burst in self._sizes if pattern.bursts else ():
+                what = f"cost, {stats.size(burst)}, {turn + 1} of {self._budget.repeats}"
+                each(what, lambda c, burst=burst: self._burst(c, burst))  # type: ignore[misc]
             for flow in flows:
                 what = f"one way, {stats.size(flow[0])}, {turn + 1} of {self._budget.repeats}"
                 each(what, lambda c, flow=flow: self._flow(c, *flow))  # type: ignore[misc]
         for contender in crews:
-            _summarise(contender, self._sizes)
+            self._summarise(contender)
 
-    def _calibrate(self, contender: _Contender, flows: Sequence[tuple[int, int]]) -> None:
-        count, enough = 8, self._budget.trips * 0.3e9
-        while True:
-            taken = self._do(contender, Job("trips", self._sizes[0], count), 1.0)
-            contender.trip = stats.median(taken["samples"])
-            took = sum(taken["samples"])
-            if took >= enough or count >= _MOST_SAMPLES:
-                break
-            count = min(_larger(count, enough / took), _MOST_SAMPLES)
+    def _calibrate(self, contender: _Contender, latency: Sequence[Kind], flows: Sequence[tuple[int, int]]) -> None:
+        for kind in latency:
+            count, enough = 8, self._budget.trips * 0.3e9
+            while True:
+                taken = self._do(contender, Job(kind, self._sizes[0], count, lossy=contender.case.lossy), 1.0)
+                contender.trip[kind] = stats.median(taken["samples"])
+                took = sum(taken["samples"])
+                if took >= enough or count >= _MOST_SAMPLES:
+                    break
+                count = min(_larger(count, enough / took), _MOST_SAMPLES)
         for size, batch in flows:
             if not contender.carries(size) or (batch > 1 and not contender.batches):
                 continue
             count = max(2 if size > 1 << 16 else 16, batch)
             while True:
-                job = Job("flow", size, count, batch, contender.case.lossy)
+                job = Job(self._pattern.flow, size, count, batch, contender.case.lossy)
                 carried = self._attempt(contender, job)
                 if carried is None:
                     break
@@ -269,52 +314,98 @@ class Session:
     def _count(self, contender: _Contender, size: int, batch: int) -> int:
         """Messages of one flow: what fits into its time, and into the broker."""
         count = int(contender.rates[size, batch] * self._budget.flow)
-        return max(min(count, contender.case.flow_bytes // max(size, 1)) // batch, 1) * batch
+        room = contender.case.flow_bytes // (max(size, 1) * contender.audience)
+        return max(min(count, room) // batch, 1) * batch
 
-    def _trips(self, contender: _Contender) -> None:
-        size, budget = self._sizes[0], self._budget
-        count = max(int(budget.trips * 1e9 / contender.trip), -(-budget.samples // budget.repeats), 10)
-        if contender.trip < BRIEF and contender.found.kind != "floor" and contender.shell == "sync":
+    def _trips(self, contender: _Contender, kind: Kind) -> None:
+        size, budget, trip = self._sizes[0], self._budget, contender.trip[kind]
+        count = max(int(budget.trips * 1e9 / trip), -(-budget.samples // budget.repeats), 10)
+        if trip < BRIEF and kind == "trips" and contender.found.kind != "floor" and contender.shell == "sync":
             rounds = max(count // 2 // _BATCH, 10) * _BATCH
-            taken = self._do(contender, Job("trips", size, rounds, _BATCH), budget.trips)
+            taken = self._do(contender, Job(kind, size, rounds, _BATCH), budget.trips)
             centre = stats.median(taken["samples"])
         else:
             centre = None
         singles = min(count, _MOST_SAMPLES)
-        taken = self._do(contender, Job("trips", size, singles), singles * contender.trip / 1e9)
-        contender.singles.append(taken["samples"])
-        contender.centres.append(stats.median(taken["samples"]) if centre is None else centre)
+        taken = self._do(contender, Job(kind, size, singles, lossy=contender.case.lossy), singles * trip / 1e9)
+        contender.singles.setdefault(kind, []).append(taken["samples"])
+        found = stats.median(taken["samples"]) if centre is None else centre
+        contender.centres.setdefault(kind, []).append(found)
 
     def _flow(self, contender: _Contender, size: int, batch: int) -> None:
         if (size, batch) not in contender.rates or not contender.carries(size):
             return
         count = self._count(contender, size, batch)
-        taken = self._do(contender, Job("flow", size, count, batch, contender.case.lossy), self._budget.flow)
+        job = Job(self._pattern.flow, size, count, batch, contender.case.lossy)
+        taken = self._do(contender, job, self._budget.flow)
         took = taken["ended"] - taken["started"]
         if taken["received"] and took > 0:
-            contender.flows.setdefault((size, batch), []).append((count, taken["received"], took))
+            received = taken["received"] // contender.audience
+            contender.flows.setdefault((size, batch), []).append((count, received, took))
+
+    def _burst(self, contender: _Contender, size: int) -> None:
+        if not contender.carries(size):
+            return
+        burst = max(min(_BURST[0], _BURST[1] // size), 1)
+        rounds = max(int(contender.rates[size, 1] * self._budget.flow) // burst, 4)
+        rounds = max(min(rounds, contender.case.flow_bytes // (size * burst * contender.audience)), 1)
+        taken = self._do(contender, Job("burst", size, rounds * burst, burst, contender.case.lossy), self._budget.flow)
+        contender.bursts.setdefault(size, []).append((stats.median(taken["samples"]), taken["cpu"]))
 
     def _do(self, contender: _Contender, job: Job, seconds: float) -> dict[str, Any]:
         return contender.crew.do(job, _PATIENCE + 10 * seconds)
 
+    def _summarise(self, contender: _Contender) -> None:
+        found, first = contender.found, self._pattern.latency[0]
+        for kind, singles in contender.singles.items():
+            trips = stats.trips(singles, contender.centres[kind])
+            if kind == first:
+                found.trips = trips
+            else:
+                found.hops = trips
+        flows = {key: stats.flow(key[0], runs) for key, runs in contender.flows.items()}
+        for size, runs in contender.bursts.items():
+            costs = tuple(cost for cost, _ in runs)
+            cpu = stats.median(cpu for _, cpu in runs)
+            fan = stats.Fan(contender.audience, size, stats.median(costs), cpu, costs, flows.get((size, 1)))
+            found.fans.append(fan)
+        if contender.audience != self._pattern.audiences[0]:
+            return
+        for (size, batch), flow in flows.items():
+            if batch > 1:
+                found.batched = flow
+            else:
+                found.flows[size] = flow
 
-def _weight(case: Case, shell: Shell) -> int:
-    """The number of contenders."""
-    variants = case.variants
-    return len(variants) + len({floor for each in variants for floor in each.floors}) + (_raw(case, shell) is not None)
+    # -- how long it takes --------------------------------------------------------------------------------------------
+
+    def estimate(self) -> float:
+        """Seconds that the run will take, roughly: from the number of contenders, and of what is measured of each."""
+        pattern, budget = self._pattern, self._budget
+        flows = len(self._sizes) * (2 if pattern.bursts else 1) + (1 if pattern.batches else 0)
+        seconds = 0.0
+        for case, shell in self._work:
+            for number, audience in enumerate(self._audiences(shell)):
+                kinds = len(pattern.latency) if number == 0 else 0
+                each = budget.start * (1 + audience / 16) + budget.repeats * (
+                    kinds * 1.4 * budget.trips + flows * 1.8 * budget.flow
+                )
+                seconds += self._contenders(case, shell) * each
+        return min(seconds, budget.total * 1.25)
+
+    def _weight(self, case: Case, shell: Shell) -> int:
+        return self._contenders(case, shell) * len(self._audiences(shell))
+
+    def _contenders(self, case: Case, shell: Shell) -> int:
+        variants = case.variants_in(shell)
+        floors = len({floor for each in variants for floor in each.floors})
+        references = len(case.references) if shell == "sync" else 0
+        return len(variants) + floors + references + (_raw(case, shell) is not None)
 
 
 def _larger(count: int, times: float) -> int:
     """For the next attempt: what should be enough, but no leap in the dark; the first few always take longer."""
     return int(count * min(max(1.2 * times, 2), 20)) + 1
-
-
-@contextlib.contextmanager
-def _contender(
-    plan: Plan, found: Measured, case: Case, cpus: tuple[int, int], environment: dict[str, str], largest: int | None
-) -> Iterator[_Contender]:
-    with Crew(plan, cpus, environment) as crew:
-        yield _Contender(crew, found, case, plan.shell, None if found.kind == "floor" else largest)
 
 
 @contextlib.contextmanager
@@ -328,21 +419,24 @@ def _failing(contender: _Contender) -> Iterator[None]:
         contender.crew.close(0.2)
 
 
-def _summarise(contender: _Contender, sizes: Sequence[int]) -> None:
-    found = contender.found
-    if contender.singles:
-        found.trips = stats.trips(contender.singles, contender.centres)
-    for (size, batch), runs in contender.flows.items():
-        if batch > 1:
-            found.batched = stats.flow(size, runs)
-        else:
-            found.flows[size] = stats.flow(size, runs)
-
-
 def _raw(case: Case, shell: Shell) -> Measured | None:
     if case.raw is None or case.rival(shell) is None:
         return None
     return Measured("raw", case.raw.name_in(shell))
+
+
+def _forget(server: str, name: str) -> None:
+    """What stays in a server is removed; one that has gone has nothing."""
+    with contextlib.suppress(Exception):
+        forget(server, name)
+
+
+def _free_port() -> int:
+    """Nobody's at this moment."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
 
 
 class _Servers:

@@ -98,6 +98,26 @@ def flow(size: int, runs: Sequence[tuple[int, int, int]]) -> Flow:
     return Flow(median(rates), size, median(1 - received / sent for sent, received, _ in runs), rates)
 
 
+@dataclass(frozen=True, slots=True)
+class Fan:
+    """What one message costs its publisher, and how many a second reach every subscriber.
+
+    Attributes:
+        size: bytes of each.
+        cost: nanoseconds of one publish in a burst that nothing has to wait for; the median of the runs.
+        cpu: nanoseconds of processor time of the whole publishing process for each message, its threads included.
+        runs: the cost in each run.
+        flow: as fast as it goes, until the last subscriber has the last; a message counts when each has it.
+    """
+
+    subscribers: int
+    size: int
+    cost: float
+    cpu: float
+    runs: tuple[float, ...]
+    flow: Flow | None = None
+
+
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     """How many times theirs is ours: the median over the pairs of runs that followed each other.
 

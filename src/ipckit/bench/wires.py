@@ -1,4 +1,4 @@
-"""What a contender is to the clock: two connected ends that send and receive whole messages.
+"""What a contender is to the clock: connected ends that send and receive whole messages.
 
 An opener is a context manager that makes one end: it is given an `End`, yields a `Wire` (or an `AsyncWire`) and cleans up
 behind it. Ours and the raw clients are openers alike, so that the same loops time them all.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-#: `echo` opens first and says where it is; `drive` connects to it and holds the clock.
+#: `drive` holds the clock: it sends, publishes, calls. `echo` answers, or only receives; of a crowd, each is one.
+#: The side that has the name (`Plan.first`, the echo as a rule) opens first and says where it is.
 Side = Literal["echo", "drive"]
 
 
@@ -21,10 +22,12 @@ class End:
 
     Attributes:
         side: which end to make.
-        address: for `echo` where to listen; for `drive` what the echo announced.
-        announce: the echo calls it once, with its address, before it waits for the peer.
+        address: for the side that opens first where to listen; for the other what the first announced.
+        announce: the side that opens first calls it once, with its address, before it waits for the peer.
         descriptors: inherited from the parent, where the ends cannot find each other by name (see `Handover`).
         options: the URL's options for the connecting side (`ca=...`), where they differ.
+        loop: an address for `Wire.turn`, where this side talks to itself.
+        audience: how many echoes there are.
     """
 
     side: Side
@@ -32,11 +35,13 @@ class End:
     announce: Callable[[str], None]
     descriptors: tuple[int, ...] = ()
     options: str = ""
+    loop: str = ""
+    audience: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """One open end.
+    """One open end. An end that only sends, or only receives, has `not_here` for the other.
 
     Attributes:
         flush: returns when what was sent has left the process; where `send` only puts it into a buffer.
@@ -44,6 +49,7 @@ class Wire:
         echo: answers so many messages. Given where a client library serves by calling us, so that
             answering inside its handler is what one would write.
         drain: takes so many messages and returns the time (perf_counter_ns) of the last; likewise.
+        turn: all that becomes of one message, by one thread: sent, received, acknowledged.
     """
 
     send: Callable[[bytes], object]
@@ -54,6 +60,7 @@ class Wire:
     recv_soon: Callable[[], bytes] | None = None
     echo: Callable[[int], object] | None = None
     drain: Callable[[int], int] | None = None
+    turn: Callable[[bytes], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,12 @@ class AsyncWire:
     flush: Callable[[], Awaitable[object]] | None = None
     echo: Callable[[int], Awaitable[object]] | None = None
     drain: Callable[[int], Awaitable[int]] | None = None
+    turn: Callable[[bytes], Awaitable[object]] | None = None
+
+
+def not_here(*_: object) -> Any:
+    """What an end does not do."""
+    raise AssertionError("this end has no such verb")
 
 
 Handed: TypeAlias = tuple[str, Sequence[int]]

@@ -1,15 +1,17 @@
-"""A fresh interpreter that opens one end of a contender, and runs the loops of `measure` when told.
+"""A fresh interpreter that opens one end of a contender, and runs the loops of `measure` and `paced` when told.
 
     python -m ipckit.bench.worker        JSON, one object a line: orders on standard input, reports on standard output
 
 An order is for one side, or for both where both live here (threads of one process):
 
     {"sides": ["echo"], "shell": "sync", "opener": "ipckit.bench.raw:unix", "address": ..., "cpus": {...}, ...}
-    {"to": "drive", "address": ...}      what the echo announced
+    {"to": "drive", "address": ...}      what the side that opens first announced
     {"to": null, "measure": {...}}       a Job
     {"to": null, "close": true}
 
-When the parent is gone, however it went, standard input ends, and so does this process.
+An audience (sides `echo.0`, `echo.1` ...) is as many processes, forked before anything is opened or started, for the price
+of one interpreter; this one then only hands on the orders. When the parent is gone, however it went, standard input ends,
+and so do all of them.
 """
 
 from __future__ import annotations
@@ -22,22 +24,27 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from time import process_time_ns, thread_time_ns
 from typing import Any, TextIO
 
 from ..errors import IpcError
+from . import paced
 from .measure import Job, ameasure, measure
 from .wires import End, Side
 
 Order = dict[str, Any]
+_CLOSING = 10  # seconds that an audience may take to close
 
 
 def main() -> None:
     """Serve orders until `close`, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    post = _Post()
     setup: Order = json.loads(sys.stdin.readline())
+    if len(setup.get("sides", ())) > 1 and "drive" not in setup["sides"]:
+        setup = _audience(setup)
+    post = _Post()
     _pin(set(setup["cpus"].values()), whole_process=True)
     if "floor" in setup:
         _floor(setup, post)
@@ -78,11 +85,47 @@ def _deliver(to: dict[str, Callable[[Order], object]]) -> None:
         for line in sys.stdin:
             order = json.loads(line)
             for side, put in to.items():
-                if order["to"] in (None, side):
+                if order["to"] in (None, _role(side)):
                     put(order)
         os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
+
+
+def _role(side: str) -> Side:
+    return "drive" if side == "drive" else "echo"
+
+
+def _audience(setup: Order) -> Order:
+    """In each of so many children: its own setup. Here: orders go on to all of them, until the last one has ended."""
+    with suppress(ImportError):  # whoever opens it will say so
+        for module in setup["preload"]:
+            import_module(module)
+    _opener(setup)
+    inboxes: list[int] = []
+    for side in setup["sides"]:
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            for inbox in (*inboxes, writing):
+                os.close(inbox)
+            os.dup2(reading, 0)
+            os.close(reading)
+            sys.stdin = os.fdopen(0, closefd=False)
+            return {**setup, "sides": [side]}
+        os.close(reading)
+        inboxes.append(writing)
+    signal.signal(signal.SIGCHLD, lambda *_: os._exit(1))  # one has died: with our ends of the pipes the others go too
+    for line in sys.stdin:
+        if "close" in line:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.alarm(_CLOSING)
+        for inbox in inboxes:
+            os.write(inbox, line.encode())
+        if "close" in line:
+            for _ in inboxes:
+                os.wait()
+            os._exit(0)
+    os._exit(1)
 
 
 # -- where to run -------------------------------------------------------------------------------------------------
@@ -99,7 +142,7 @@ def _pin(cpus: set[int], *, whole_process: bool) -> None:
 def _settle(side: str, setup: Order) -> None:
     """Once the end is open: a process that may run on one CPU only would have chosen not to spin."""
     alone = len(setup["sides"]) == 1
-    _pin({setup["cpus"][side]}, whole_process=alone)
+    _pin({setup["cpus"][_role(side)]}, whole_process=alone)
 
 
 def _opener(setup: Order) -> Callable[[End], Any]:
@@ -108,14 +151,24 @@ def _opener(setup: Order) -> Callable[[End], Any]:
     return found
 
 
-def _end(side: Side, setup: Order, announced: Order | None, post: _Post) -> End:
+def _end(side: str, setup: Order, announced: Order | None, post: _Post) -> End:
     return End(
-        side,
+        _role(side),
         setup["address"] if announced is None or setup["descriptors"] else announced["address"],
         lambda where: post.report(side, listening=where),
         tuple(setup["descriptors"]),
         setup["options"],
+        setup["loop"],
+        setup["audience"],
     )
+
+
+def _pace(setup: Order) -> paced.Pace | None:
+    if not setup["pace"]:
+        return None
+    alone = len(setup["sides"]) == 1  # else the others' time is in the process's
+    inward, outward = setup["pace"]
+    return paced.Pace(inward, outward, setup["audience"], process_time_ns if alone else thread_time_ns)
 
 
 @contextmanager
@@ -144,12 +197,15 @@ def _serve(setup: Order, post: _Post) -> None:
 
 def _side(side: Any, opener: Callable[[End], Any], setup: Order, inbox: queue.SimpleQueue[Order], post: _Post) -> None:
     with _reporting(side, post):
-        announced = None if side == "echo" else inbox.get()
+        announced = None if _role(side) == setup["first"] else inbox.get()
         with opener(_end(side, setup, announced, post)) as wire:
             _settle(side, setup)
+            pace = _pace(setup)
             post.report(side, open=True)
             while "measure" in (order := inbox.get()):
-                post.report(side, result=measure(side, wire, Job(**order["measure"])))
+                job = Job(**order["measure"])
+                taken = paced.measure(_role(side), wire, job, pace) if pace else measure(_role(side), wire, job)
+                post.report(side, result=taken)
         post.report(side, closed=True)
 
 
@@ -172,12 +228,18 @@ async def _aside(
     side: Any, opener: Callable[[End], Any], setup: Order, inbox: asyncio.Queue[Order], post: _Post
 ) -> None:
     with _reporting(side, post):
-        announced = None if side == "echo" else await inbox.get()
+        announced = None if _role(side) == setup["first"] else await inbox.get()
         async with opener(_end(side, setup, announced, post)) as wire:
             _settle(side, setup)
+            pace = _pace(setup)
             post.report(side, open=True)
             while "measure" in (order := await inbox.get()):
-                post.report(side, result=await ameasure(side, wire, Job(**order["measure"])))
+                job = Job(**order["measure"])
+                if pace:
+                    taken = await paced.ameasure(_role(side), wire, job, pace)
+                else:
+                    taken = await ameasure(_role(side), wire, job)
+                post.report(side, result=taken)
         post.report(side, closed=True)
 
 

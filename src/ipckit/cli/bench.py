@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from ..bench.session import Progress
 
 
+_LONG = 20.0  # seconds of a run from which one is told before
+
+
 def add(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
         help="measure the transports on this machine",
-        description="Measure round trips and one-way rates of each transport, in fresh pinned processes, beside the C floor of "
-        "the same mechanism, the raw client library and the figure that was claimed for it.",
+        description="Measure what each transport costs, in fresh pinned processes, beside the C floor of the same "
+        "mechanism, the raw client library and the figure that was claimed for it.",
         epilog="Starts the Redis and NATS servers that it measures, unless IPCKIT_REDIS_URL and IPCKIT_NATS_URL name running "
         "ones. Ends with status 1 if anything failed; what is not installed is no failure.",
     )
@@ -39,9 +42,15 @@ def add(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="SIZE",
-        help="bytes of a message; the first is that of the round trips, all are sent one way; default: 64 and 1MiB",
+        help="bytes of a message; the first is that of the latencies, all are sent one way; default: 64 and "
+        "1MiB, of queues 64KiB, of topics 16KiB",
     )
-    parser.add_argument("--pattern", default="channel", metavar="NAME", help="what to measure; default: channel")
+    parser.add_argument(
+        "--pattern",
+        default="channel",
+        metavar="NAME",
+        help="what to measure: channel, queue or pubsub; default: channel",
+    )
     parser.add_argument("--shell", choices=("sync", "aio", "both"), default="both", help="ipckit, ipckit.aio, or both")
     parser.add_argument(
         "--quick", action="store_true", help="the whole table in less than a minute, with less certainty"
@@ -58,18 +67,17 @@ def run(args: argparse.Namespace) -> int:
 
     need_rich()
     from .. import _options
-    from ..bench import machine, report, results, scenarios, session
+    from ..bench import machine, patterns, report, results, scenarios, session
     from ..bench.compare import compare
 
-    if args.pattern not in scenarios.PATTERNS:
-        raise BadOption(f"there is no pattern {args.pattern!r}", hint="known: " + ", ".join(scenarios.PATTERNS))
+    pattern = patterns.find(args.pattern)
     try:
-        sizes = [_options.size(text) for text in args.size] or [64, 1 << 20]
+        sizes = [_options.size(text) for text in args.size] or list(pattern.sizes)
     except ValueError as error:
         raise BadOption(f"--size must be {error}") from None
     if min(sizes) < 1:
         raise BadOption("--size must be 1 or more")
-    cases = scenarios.select(args.pattern, args.transport)
+    cases = patterns.select(args.pattern, args.transport)
     before = results.load(args.compare) if args.compare else None
     shells: tuple[scenarios.Shell, ...] = ("sync", "aio") if args.shell == "both" else (args.shell,)
     budget = session.QUICK if args.quick else session.FULL
@@ -78,7 +86,11 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started is ended, what was made is removed
         signal.signal(number, signal.default_int_handler)
     with _Watching(console) as progress:
-        found = session.Session(args.pattern, cases, shells, sizes, budget, cpus, machine.facts(), progress).run()
+        planned = session.Session(args.pattern, cases, shells, sizes, budget, cpus, machine.facts(), progress)
+        seconds = planned.estimate()
+        if seconds >= _LONG:
+            print(f"ipckit bench: about {_minutes(seconds)}", file=sys.stderr, flush=True)
+        found = planned.run()
     if args.json:
         found.save(args.json)
     console.print(report.report(found, console))
@@ -88,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
     if args.svg:
         console.save_svg(str(args.svg), title="ipckit bench")
     return 1 if found.failures() else 0
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 class _Watching:
