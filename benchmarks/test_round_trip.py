@@ -9,7 +9,7 @@ from ipckit._registry import open_transport
 from ipckit._url import parse
 from ipckit.bench.crew import Plan
 from ipckit.bench.measure import Job
-from ipckit.bench.scenarios import CHANNEL
+from ipckit.bench.patterns.channel import CHANNEL
 
 
 def contenders():

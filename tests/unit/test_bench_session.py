@@ -6,17 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from ipckit import errors
-from ipckit.bench import compare, report, results, session
+from ipckit import capabilities, errors
+from ipckit.bench import compare, patterns, report, results, session
 from ipckit.bench.machine import choose_cpus, facts
-from ipckit.bench.scenarios import CHANNEL, Case, Raw, Variant, select
+from ipckit.bench.patterns import names, select
+from ipckit.bench.patterns.channel import CHANNEL
+from ipckit.bench.scenarios import Case, Raw, Variant
 from ipckit.bench.stats import Flow, Trips
 
 TINY = session.Budget(repeats=2, trips=0.002, flow=0.002)
 
 
-def run(cases, shells=("sync",), sizes=(64, 4096), progress=lambda what, part: None) -> results.Results:
-    return session.Session("channel", cases, shells, sizes, TINY, choose_cpus(), facts(), progress).run()
+def run(
+    cases, shells=("sync",), sizes=(64, 4096), progress=lambda what, part: None, pattern="channel"
+) -> results.Results:
+    return session.Session(pattern, cases, shells, sizes, TINY, choose_cpus(), facts(), progress).run()
 
 
 def printed(text, width: int = 100) -> str:
@@ -178,3 +182,67 @@ def test_a_url_is_measured_as_it_stands(tmp_path):
     assert [row.label for row in found.rows] == ["unix spin=0"]
     assert not found.failures()
     assert found.rows[0].raw.trips is not None
+
+
+# -- queues and topics --------------------------------------------------------------------------------------------
+
+
+def test_a_queue_is_measured_in_every_way():
+    found = run(select("queue", ["unix"]), ("sync", "aio"), pattern="queue")
+    assert not found.failures()
+    assert [row.label for row in found.rows] == ["unix", "unix · aio"]
+    for row in found.rows:
+        for each in row.contenders():
+            assert len(each.trips.runs) == len(each.hops.runs) == 2
+            assert set(each.flows) == {64, 4096}
+        assert row.ours.batched.rate > 0
+        assert row.trips_ratio(row.raw) > 0
+        assert row.hops_ratio(row.raw) > 0
+    sync, awaited = found.rows
+    assert [each.name for each in sync.floors] == ["multiprocessing.Queue", "multiprocessing.SimpleQueue"]
+    assert awaited.floors == []
+    text = printed(lambda console: report.report(found, console), 120)
+    for words in ("sent, received, acknowledged", "From process to process", "÷ mp.Queue", "batched", "mp.SimpleQueue"):
+        assert words in text.replace("multiprocessing", "mp")
+    assert "claimed" not in text
+    assert "C floor" not in text
+
+
+def test_topics_are_measured_for_crowds(tmp_path, monkeypatch):
+    pattern = patterns.find("pubsub")
+    monkeypatch.setattr(session.patterns, "find", lambda name: replace(pattern, audiences=(1, 3)))
+    found = run(select("pubsub", ["unix", "inproc"]), pattern="pubsub")
+    assert not found.failures()
+    for row in found.rows:
+        for each in row.contenders():
+            assert each.trips.p50 > 0
+            assert sorted((fan.subscribers, fan.size) for fan in each.fans) == [(1, 64), (1, 4096), (3, 64), (3, 4096)]
+            assert all(fan.cost > 0 and fan.flow.rate > 0 and fan.flow.lost == 0 for fan in each.fans)
+    file = tmp_path / "found.json"
+    found.save(file)
+    assert results.load(file) == found
+    text = printed(lambda console: report.report(found, console), 140)
+    for words in ("From publish to receive", "costs the publisher", "reach every subscriber", "to 3", "3 ÷ 1"):
+        assert words in text
+    assert "0.50×" in printed(compare.compare(found, doubled(found)), 120)
+
+
+@pytest.mark.parametrize("pattern", ["queue", "pubsub"])
+def test_what_declares_a_pattern_has_a_case(pattern):
+    declaring = {case.scheme for case in CHANNEL if pattern in capabilities(case.scheme + "://x").patterns}
+    assert {case.scheme for case in patterns.find(pattern).cases()} >= declaring
+
+
+def test_a_pattern_is_a_module():
+    assert {"channel", "queue", "pubsub"} <= set(names())
+    with pytest.raises(errors.BadOption, match="no pattern 'nosuch'"):
+        patterns.find("nosuch")
+
+
+def test_the_estimate_grows_with_the_work():
+    def seconds(cases, budget):
+        return session.Session("channel", cases, ("sync",), (64,), budget, choose_cpus(), facts()).estimate()
+
+    few, many = (seconds(select("channel", wanted), session.FULL) for wanted in (["inproc"], []))
+    assert 0 < few < many
+    assert seconds(select("channel", []), session.QUICK) < 60

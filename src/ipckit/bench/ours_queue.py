@@ -6,10 +6,12 @@ The echo of a queue receives, and has the name where the transport gives one to 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 
-from .. import aio, pubsub, queue
+from .. import aio, channel, pubsub, queue
+from .._spi import OnFull
 from .loops import aturning, turning
 from .ours import target
 from .wires import QUIET, AsyncWire, End, Wire, not_here
@@ -17,12 +19,12 @@ from .wires import QUIET, AsyncWire, End, Wire, not_here
 _OPEN = 15.0  # seconds; an audience of sixteen takes some
 
 
-def _queue(end: End, ack: queue.Ack) -> Iterator[Wire]:
+def _queue(end: End, ack: queue.Ack, named: bool = True) -> Iterator[Wire]:
     if end.side == "drive":
         with queue.sender(target(end), timeout=_OPEN) as jobs:
             yield Wire(jobs.send, not_here, jobs.send_many)
         return
-    work = queue.receiver(end.address, listen=True, ack=ack, timeout=_OPEN)
+    work = queue.receiver(end.address, listen=named, ack=ack, timeout=_OPEN)
 
     def recv() -> bytes:
         message = work.recv()
@@ -58,6 +60,27 @@ def manual(end: End) -> Iterator[Wire]:
     yield from _queue(end, "manual")
 
 
+@contextmanager
+def inherited(end: End) -> Iterator[Wire]:
+    """`auto`, on an end of a pair that our parent made."""
+    with ExitStack() as stack:
+        wire = stack.enter_context(contextmanager(_queue)(end, "auto", False))
+        if end.side == "echo":
+            yield wire
+            return
+        # Both ends of a pair of our own: handed over, and taken over again.
+        (echo, _), (drive, _) = (each.native.hand_over() for each in channel.pair(end.loop))
+        loop = contextmanager(_queue)
+        inward = stack.enter_context(loop(End("echo", echo, end.announce), "auto", False))
+        out = stack.enter_context(loop(End("drive", drive, end.announce), "auto", False))
+
+        def turn(data: bytes) -> bytes:
+            out.send(data)
+            return inward.recv()
+
+        yield replace(wire, turn=turn)
+
+
 @aturning
 @asynccontextmanager
 async def awaited(end: End) -> AsyncIterator[AsyncWire]:
@@ -82,11 +105,9 @@ async def awaited(end: End) -> AsyncIterator[AsyncWire]:
         await work.close()
 
 
-@contextmanager
-def topics(end: End) -> Iterator[Wire]:
-    """A publisher, or one subscriber."""
+def _topics(end: End, on_full: OnFull) -> Iterator[Wire]:
     if end.side == "drive":
-        with pubsub.publisher(end.address, timeout=_OPEN) as prices:
+        with pubsub.publisher(end.address, on_full=on_full, timeout=_OPEN) as prices:
             end.announce(prices.url.reveal())
             prices.wait_for_subscribers(end.audience, timeout=_OPEN)
             yield Wire(prices.publish, not_here, prices.publish_many)
@@ -102,11 +123,36 @@ def topics(end: End) -> Iterator[Wire]:
         yield Wire(not_here, recv, recv_many=recv_many, recv_soon=partial(recv, QUIET))
 
 
+@contextmanager
+def topics(end: End) -> Iterator[Wire]:
+    """A publisher that waits for the slowest, or one subscriber."""
+    yield from _topics(end, "block")
+
+
+@contextmanager
+def dropping(end: End) -> Iterator[Wire]:
+    """A publisher that waits for nobody, or one subscriber; where the transport cannot wait."""
+    yield from _topics(end, "drop_new")
+
+
 @asynccontextmanager
 async def awaited_topics(end: End) -> AsyncIterator[AsyncWire]:
     """`topics`, awaited."""
+    async with _awaited_topics(end, "block") as wire:
+        yield wire
+
+
+@asynccontextmanager
+async def awaited_dropping(end: End) -> AsyncIterator[AsyncWire]:
+    """`dropping`, awaited."""
+    async with _awaited_topics(end, "drop_new") as wire:
+        yield wire
+
+
+@asynccontextmanager
+async def _awaited_topics(end: End, on_full: OnFull) -> AsyncIterator[AsyncWire]:
     if end.side == "drive":
-        prices: aio.Publisher[bytes] = await aio.publisher(end.address, timeout=_OPEN)
+        prices: aio.Publisher[bytes] = await aio.publisher(end.address, on_full=on_full, timeout=_OPEN)
         async with prices:
             end.announce(prices.url.reveal())
             await prices.wait_for_subscribers(end.audience, timeout=_OPEN)

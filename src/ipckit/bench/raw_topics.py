@@ -70,6 +70,35 @@ def tls(end: End) -> Iterator[Wire]:
     yield from _fan_out(end, socket.AF_INET, secure=True)
 
 
+@contextmanager
+def udp(end: End) -> Iterator[Wire]:
+    """socket, SOCK_DGRAM, a multicast group on the loopback interface."""
+    group, _, port = end.address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        if end.side == "echo":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((group, int(port)))
+            member = socket.inet_aton(group) + socket.inet_aton("127.0.0.1")
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+            yield Wire(not_here, *_patient(sock))
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+            end.announce(end.address)
+            place = (group, int(port))
+            yield Wire(lambda data: sock.sendto(data, place), not_here)
+
+
+def _patient(sock: socket.socket) -> tuple[Callable[[], bytes], None, None, None, Callable[[], bytes]]:
+    """Recv and recv_soon, in their places of a Wire."""
+
+    def within(seconds: float | None) -> bytes:
+        if sock.gettimeout() != seconds:
+            sock.settimeout(seconds)
+        return sock.recv(65536)
+
+    return partial(within, None), None, None, None, partial(within, QUIET)
+
+
 # -- messages -----------------------------------------------------------------------------------------------------
 
 _SUBSCRIBED: dict[str, list[queue.SimpleQueue[bytes]]] = {}

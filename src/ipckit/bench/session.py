@@ -182,7 +182,7 @@ class Session:
                     stack.callback(_forget, places[case.server], name)
                 contenders = [
                     stack.enter_context(self._contender(plan, found, case, audience, environment, largest))
-                    for plan, found in self._plans(case, shell, rows, known, {**places, "name": name})
+                    for plan, found in self._plans(case, shell, rows, known, {**places, "name": f"{name}a{audience}"})
                     if found.failed is None
                 ]
                 for contender in contenders:  # all start side by side
@@ -195,8 +195,9 @@ class Session:
         return rows
 
     def _audiences(self, shell: Shell) -> tuple[int, ...]:
-        """What a crowd costs is asked in the sync shell."""
-        return self._pattern.audiences if shell == "sync" else self._pattern.audiences[:1]
+        """What a crowd costs is asked in the sync shell; in a hurry, of the smallest and the largest."""
+        audiences = self._pattern.audiences if shell == "sync" else self._pattern.audiences[:1]
+        return audiences if self._budget.total == inf else tuple(dict.fromkeys((audiences[0], audiences[-1])))
 
     def _plans(
         self, case: Case, shell: Shell, rows: Sequence[Row], known: dict[str, Measured], places: dict[str, str]
@@ -246,7 +247,7 @@ class Session:
         flows = [(each, 1) for each in self._sizes] + ([(size, _MANY)] if pattern.batches else [])
         stages = 1 + self._budget.repeats * (len(latency) + len(flows) + (len(self._sizes) if pattern.bursts else 0))
         stage = 0
-        name = label.partition(" ")[0] + (f", {pattern.audiences[number]} subscribers" if of > 1 else "")
+        name = label.partition(" ")[0] + (f", crowd {number + 1} of {of}" if of > 1 else "")
 
         def each(what: str, step: Callable[[_Contender], None]) -> None:
             nonlocal stage

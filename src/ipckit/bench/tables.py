@@ -171,16 +171,14 @@ def fans(results: Results) -> Iterator[RenderableType]:
             costs.append(cells)
             cells = [row.label, *map(_delivered, ours), "", "", name, *map(_delivered, raw), ""]
             rates.append([*cells, judged(faster, 1.0, 1.1, more_is_better=True)])
-        yield table(f"What publishing {stats.size(size)} costs the publisher, by subscribers", columns, costs)
-        yield Text(
-            f"CPU: of the publishing process, its threads included, to {last} where there are as many. "
-            "÷ raw: to as many; below 1 is cheaper",
-            style=QUIET,
+        cost_legend = (
+            "÷ raw: to as many; below 1 is cheaper. CPU: of the publishing process and its threads, for one message, "
+            "with the most subscribers"
         )
-        yield Text()
-        yield table(f"Messages a second of {stats.size(size)} that reach every subscriber", columns, rates)
-        yield Text("÷ raw: to as many; above 1 is faster", style=QUIET)
-        yield Text()
+        cost_title = f"What publishing {stats.size(size)} costs the publisher, by subscribers"
+        yield Group(table(cost_title, columns, costs), Text(cost_legend, style=QUIET))
+        rate_title = f"Messages a second of {stats.size(size)} that reach every subscriber"
+        yield Group(table(rate_title, columns, rates), Text("÷ raw: to as many; above 1 is faster", style=QUIET))
 
 
 def _growth(fans: Sequence[stats.Fan | None]) -> float | None:

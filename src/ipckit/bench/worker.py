@@ -136,7 +136,8 @@ def _pin(cpus: set[int], *, whole_process: bool) -> None:
     if not hasattr(os, "sched_setaffinity"):
         return
     for task in os.listdir("/proc/self/task") if whole_process else ["0"]:
-        os.sched_setaffinity(int(task), cpus)
+        with suppress(ProcessLookupError):  # a thread that has just ended
+            os.sched_setaffinity(int(task), cpus)
 
 
 def _settle(side: str, setup: Order) -> None:

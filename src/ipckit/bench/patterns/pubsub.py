@@ -30,6 +30,7 @@ _BY_HAND = {
     "unix": Raw("socket", _RAW + "unix", "{dir}/{name}.raw"),
     "tcp": Raw("socket", _RAW + "tcp", "127.0.0.1:0"),
     "tls": Raw("ssl", _RAW + "tls", "127.0.0.1:0"),
+    "udp": Raw("socket, multicast", _RAW + "udp", "239.255.73.2:{port}"),
     "zmq+ipc": Raw("pyzmq PUB/SUB", _RAW + "zmq", "ipc://{dir}/{name}.raw", _RAW + "azmq"),
     "zmq+tcp": Raw("pyzmq PUB/SUB", _RAW + "zmq", "tcp://127.0.0.1:*"),
     "zmq+inproc": Raw("pyzmq PUB/SUB", _RAW + "zmq", "inproc://{name}.raw"),
@@ -38,7 +39,7 @@ _BY_HAND = {
 }
 _NATS_CORE = Raw("nats-py core", _RAW + "nats", "{nats}/{name}.raw", _RAW + "anats")
 #: Where topics are at another place than channels.
-_ELSEWHERE = {"udp": "udp://239.255.73.1:{port}"}
+_ELSEWHERE = {"udp": "udp://239.255.73.1:{port}?interface=127.0.0.1"}
 
 BLANK = Case(scheme="", url="", opener=_HERE + "topics", awaited_opener=_HERE + "awaited_topics")
 
@@ -55,7 +56,8 @@ def cases() -> Sequence[Case]:
             flow_bytes=min(place.flow_bytes, 64 << 20) if not place.server else 16 << 20,
         )
         if place.scheme == "nats":  # a log, and a service without one: two things that are chosen between
-            found.append(replace(case, variants=(Variant(_CORE),), raw=_NATS_CORE, lossy=True))
+            core = replace(case, variants=(Variant(_CORE),), raw=_NATS_CORE, lossy=True)
+            found.append(replace(core, opener=_HERE + "dropping", awaited_opener=_HERE + "awaited_dropping"))
         found.append(case)
     return found
 
