@@ -88,6 +88,39 @@ def test_one_that_never_answers_is_ended(tmp_path):
     assert gone(workers, 0.5)
 
 
+def crowd(directory) -> Plan:
+    return Plan("ipckit.bench.raw_topics:unix", str(directory / "s"), first="drive", audience=3, paced=True)
+
+
+def members(crew: Crew) -> list[int]:
+    """Of the audience, and the process that forked them."""
+    parent = pids(crew)[0]
+    with open(f"/proc/{parent}/task/{parent}/children") as file:
+        return [parent, *map(int, file.read().split())]
+
+
+def test_an_audience_is_processes_that_end_together(tmp_path):
+    with Crew(crowd(tmp_path), choose_cpus(), {}) as crew:
+        crew.launch()
+        crew.open()
+        audience = members(crew)
+        assert len(audience) == 4
+        assert crew.do(Job("stream", 64, 10), 20)["received"] == 30
+        workers = pids(crew)
+    assert gone([*workers, *audience], 0.5)
+
+
+def test_one_of_an_audience_that_is_killed_is_told_and_all_are_ended(tmp_path):
+    with Crew(crowd(tmp_path), choose_cpus(), {}) as crew:
+        crew.launch()
+        crew.open()
+        audience = members(crew)
+        os.kill(audience[2], signal.SIGKILL)
+        with pytest.raises(ContenderFailed):
+            crew.do(Job("stream", 64, 10), 20)
+    assert gone(audience)
+
+
 PARENT = """
 import sys, time
 from ipckit.bench.crew import Crew, Plan

@@ -106,6 +106,29 @@ def test_bench_measures_writes_and_compares(tmp_path):
     assert "Change since" in done.stdout
 
 
+def test_bench_of_a_queue(tmp_path):
+    file = tmp_path / "queue.json"
+    arguments = (
+        "--pattern",
+        "queue",
+        "--quick",
+        "-t",
+        "inproc",
+        "--shell",
+        "sync",
+        "--size",
+        "64",
+        "--json",
+        str(file),
+    )
+    done = call("bench", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sent, received, acknowledged" in done.stdout
+    row = json.loads(file.read_text())["rows"][0]
+    assert row["pattern"] == "queue"
+    assert row["ours"]["hops"]["p50"] > 0
+
+
 def test_bench_ends_with_1_when_something_failed():
     done = call("bench", "--quick", "--shell", "sync", "--transport", "inproc://x?nosuch=1", "--size", "64")
     assert done.returncode == 1

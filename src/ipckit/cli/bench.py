@@ -49,7 +49,7 @@ def add(subparsers: Any) -> None:
         "--pattern",
         default="channel",
         metavar="NAME",
-        help="what to measure: channel, queue or pubsub; default: channel",
+        help="what to measure (channel, queue, pubsub ...); default: channel",
     )
     parser.add_argument("--shell", choices=("sync", "aio", "both"), default="both", help="ipckit, ipckit.aio, or both")
     parser.add_argument(
