@@ -201,9 +201,17 @@ def test_a_queue_is_measured_in_every_way():
     sync, awaited = found.rows
     assert [each.name for each in sync.floors] == ["multiprocessing.Queue", "multiprocessing.SimpleQueue"]
     assert awaited.floors == []
-    text = printed(lambda console: report.report(found, console), 120)
-    for words in ("sent, received, acknowledged", "From process to process", "÷ mp.Queue", "batched", "mp.SimpleQueue"):
+    text = printed(lambda console: report.report(found, console), 100)
+    for words in (
+        "÷ one by one",
+        "sent, received, acknowledged",
+        "From process to process",
+        "÷ mp.Queue",
+        "In batches",
+        "mp.SimpleQueue",
+    ):
         assert words in text.replace("multiprocessing", "mp")
+    assert "…" not in text
     assert "claimed" not in text
     assert "C floor" not in text
 
@@ -221,7 +229,9 @@ def test_topics_are_measured_for_crowds(tmp_path, monkeypatch):
     file = tmp_path / "found.json"
     found.save(file)
     assert results.load(file) == found
-    text = printed(lambda console: report.report(found, console), 140)
+    text = printed(lambda console: report.report(found, console), 100)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
     for words in ("From publish to receive", "costs the publisher", "reach every subscriber", "to 3", "3 ÷ 1"):
         assert words in text
     assert "0.50×" in printed(compare.compare(found, doubled(found)), 120)

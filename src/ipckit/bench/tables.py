@@ -15,11 +15,9 @@ from .results import Measured, Results
 OURS, RAW, FLOOR, CLAIM, QUIET = "bold cyan", "yellow", "green", "magenta", "dim"
 
 
-def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str | Text]]) -> Table:
+def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str | Text]]) -> RenderableType:
     """Without the columns that nobody has anything to say in."""
     table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1),
@@ -34,7 +32,7 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
         table.add_column(Text(name), style=style, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[number] for number in kept))
-    return table
+    return Group(Text(title, style="bold"), table)  # a title of the table would be cut to its width
 
 
 def latency(results: Results, title: str, *, claimed: bool, names: bool) -> RenderableType:
@@ -71,28 +69,18 @@ def beside(results: Results) -> str:
 
 def hops(results: Results) -> RenderableType:
     """From process to process."""
-    columns = [
-        ("", ""),
-        ("p50", OURS),
-        ("p99", ""),
-        ("p99.9", ""),
-        ("raw client", RAW),
-        ("raw p50", RAW),
-        ("÷ raw", ""),
-    ]
-    columns += [(beside(results), FLOOR), ("÷", "")]
+    columns = [("", ""), ("p50", OURS), ("p99", ""), ("p99.9", ""), ("raw p50", RAW), ("÷ raw", "")]
+    columns += [(beside(results), FLOOR), (f"÷ {beside(results)}", "")]
     rows = []
     for row in results.rows:
         found, raw, known = row.ours.hops, row.raw, row.floor
         if found is None:
             continue
         cells: list[str | Text] = [row.label, *map(stats.duration, (found.p50, found.p99, found.p999))]
-        cells += [raw.name if raw else "", stats.duration(raw.hops.p50) if raw and raw.hops else ""]
+        cells += [stats.duration(raw.hops.p50) if raw and raw.hops else ""]
         cells += [judged(row.hops_ratio(raw), 1.0, 1.1)]
-        cells += [
-            stats.duration(known.hops.p50) if known and known.hops else "",
-            judged(row.hops_ratio(known), 1.0, 1.1),
-        ]
+        cells += [stats.duration(known.hops.p50) if known and known.hops else ""]
+        cells += [judged(row.hops_ratio(known), 1.0, 1.1)]
         rows.append(cells)
     size = stats.size(results.conditions.sizes[0])
     return table(f"From process to process, {size}: from before the send until it is received", columns, rows)
@@ -111,31 +99,50 @@ def judged(value: float | None, good: float, fair: float, *, more_is_better: boo
     return Text(stats.times(value), style="green" if cost <= good else "" if cost <= fair else "red")
 
 
-def one_way(results: Results) -> RenderableType:
-    """As fast as it goes, one by one and in batches."""
+def batches(results: Results) -> RenderableType:
+    """Many messages in one call, beside one by one."""
+    columns = [("", ""), ("msg/s", OURS), ("raw", RAW), ("÷ raw", ""), ("÷ one by one", ""), ("÷ one at a time", "")]
+    size = results.conditions.sizes[0]
+    rows = []
+    for row in results.rows:
+        many, single, trips = row.ours.batched, row.ours.flows.get(size), row.ours.trips
+        if many is None:
+            continue
+        raw = row.raw.batched if row.raw else None
+        cells: list[str | Text] = [row.label, stats.count(many.rate), stats.count(raw.rate) if raw else ""]
+        cells += [judged(row.batched_ratio(row.raw), 1.0, 1.1, more_is_better=True)]
+        cells += [stats.times(stats.ratio(many.runs, single.runs)) if single else ""]
+        cells += [stats.times(many.rate * trips.p50 / 1e9) if trips else ""]
+        rows.append(cells)
+    legend = "send_many of 64, recv_many. One by one: as fast as it goes; one at a time: as in the first table"
+    title = f"In batches, {stats.size(size)}"
+    return Group(table(title, columns, rows), Text(legend, style=QUIET))
+
+
+def one_way(results: Results, *, batched: bool = True) -> RenderableType:
+    """As fast as it goes, one by one; with what goes in batches, where that has no table of its own."""
     sizes = results.conditions.sizes
     columns = [("", "")]
     other = beside(results).removeprefix("C ")
     for number, size in enumerate(sizes):
         columns += [(f"{stats.size(size)} {'msg/s' if number == 0 else 'MB/s'}", OURS)]
+        columns += [("batched", OURS)] if number == 0 else []
         columns += [("raw", RAW), ("÷ raw", ""), (other, FLOOR)]
-        columns += [("batched", OURS), ("raw", RAW), ("÷ raw", "")] if number == 0 else []
     rows = []
     for row in results.rows:
         if not row.ours.flows:
             continue
         cells: list[str | Text] = [row.label]
         for number, size in enumerate(sizes):
-            cells += [_rate(row.ours, size, number == 0), _rate(row.raw, size, number == 0)]
+            cells.append(_rate(row.ours, size, number == 0))
+            if number == 0:
+                cells.append(stats.count(row.ours.batched.rate) if batched and row.ours.batched else "")
+            cells += [_rate(row.raw, size, number == 0)]
             cells += [judged(row.flow_ratio(row.raw, size), 1.0, 1.1, more_is_better=True)]
             cells += [_rate(row.floor, size, number == 0)]
-            if number == 0:
-                batched = [each.batched if each else None for each in (row.ours, row.raw)]
-                cells += [stats.count(flow.rate) if flow else "" for flow in batched]
-                cells += [judged(row.batched_ratio(row.raw), 1.0, 1.1, more_is_better=True)]
         rows.append(cells)
-    legend = "÷: our rate in times theirs; above 1 is faster. batched: send_many, recv_many. MB: 10⁶ bytes"
-    return Group(table("One way", columns, rows), Text(legend, style=QUIET))
+    legend = "÷: our rate in times theirs; above 1 is faster. " + ("batched: send_many, recv_many. " if batched else "")
+    return Group(table("One way", columns, rows), Text(f"{legend}MB: 10⁶ bytes", style=QUIET))
 
 
 def fans(results: Results) -> Iterator[RenderableType]:
@@ -147,8 +154,7 @@ def fans(results: Results) -> Iterator[RenderableType]:
     for size in results.conditions.sizes:
         columns = [("", ""), *((f"to {n}", OURS) for n in crowds), (f"{last} ÷ {crowds[0]}", ""), ("CPU", "")]
         columns += [
-            ("raw client", RAW),
-            *((f"to {n}", RAW) for n in crowds),
+            *((f"raw to {n}" if n == crowds[0] else f"to {n}", RAW) for n in crowds),
             (f"{last} ÷ {crowds[0]}", ""),
             ("÷ raw", ""),
         ]
@@ -159,17 +165,16 @@ def fans(results: Results) -> Iterator[RenderableType]:
             raw = [row.raw.fan(n, size) if row.raw else None for n in crowds]
             if not any(ours):
                 continue
-            name = row.raw.name if row.raw else ""
             both = [(a, b) for a, b in zip(ours, raw, strict=True) if a and b]
             cost = stats.ratio(both[-1][0].runs, both[-1][1].runs) if both else None
             flows = (both[-1][0].flow, both[-1][1].flow) if both else (None, None)
             faster = stats.ratio(flows[0].runs, flows[1].runs) if flows[0] and flows[1] else None
             cpu = next((stats.duration(fan.cpu) for fan in reversed(ours) if fan), "")
             growth = [_growth(each) for each in (ours, raw)]
-            cells: list[str | Text] = [row.label, *map(_cost, ours), judged(growth[0], 1.5, 4.0), cpu, name]
+            cells: list[str | Text] = [row.label, *map(_cost, ours), judged(growth[0], 1.5, 4.0), cpu]
             cells += [*map(_cost, raw), stats.times(growth[1]) if growth[1] else "", judged(cost, 1.0, 1.1)]
             costs.append(cells)
-            cells = [row.label, *map(_delivered, ours), "", "", name, *map(_delivered, raw), ""]
+            cells = [row.label, *map(_delivered, ours), "", "", *map(_delivered, raw), ""]
             rates.append([*cells, judged(faster, 1.0, 1.1, more_is_better=True)])
         cost_legend = (
             "÷ raw: to as many; below 1 is cheaper. CPU: of the publishing process and its threads, for one message, "

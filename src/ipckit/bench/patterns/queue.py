@@ -70,7 +70,8 @@ def cases() -> Sequence[Case]:
 
 def _tables(results: Results) -> Iterator[RenderableType]:
     yield tables.hops(results)
-    yield tables.one_way(results)
+    yield tables.one_way(results, batched=False)
+    yield tables.batches(results)
 
 
 PATTERN = Pattern(
