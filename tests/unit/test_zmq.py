@@ -1,6 +1,7 @@
 """zmq://: what the contract suite does not look at. Strangers, liars, libzmq's own habits, and what is left behind."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -40,8 +41,9 @@ def stock():
     context = zmq.Context()
     made = []
 
-    def make(kind, port):
+    def make(kind, port, rcvhwm=1000):
         made.append(context.socket(kind))
+        made[-1].setsockopt(zmq.RCVHWM, rcvhwm)
         made[-1].setsockopt(zmq.LINGER, 0)
         made[-1].setsockopt(zmq.RCVTIMEO, 5000)
         made[-1].connect(f"tcp://127.0.0.1:{port}")
@@ -403,6 +405,61 @@ def test_what_was_sent_before_close_arrives(url):
         assert sum(len(server.recv(5)) for _ in range(count)) == 5000 * count
         with pytest.raises(errors.PeerClosed):
             server.recv(5)
+
+
+@pytest.mark.parametrize("side", ["listener", "client"])
+def test_what_was_sent_before_close_arrives_though_the_peer_still_sends(url, side):
+    """A port that is unbound drops it; so does a kernel that answers with a reset what nobody will read."""
+    for _ in range(3):
+        client, server = meet(url)
+        leaves, stays = (server, client) if side == "listener" else (client, server)
+
+        def chatter(end=stays):
+            with contextlib.suppress(errors.IpcError):
+                while True:
+                    end.send(bytes(60_000), 5)
+
+        def talk(end=leaves):
+            for _ in range(200):
+                end.send(bytes(50_000), 20)
+            end.close()
+
+        threads = [threading.Thread(target=each) for each in (chatter, talk)]
+        for thread in threads:
+            thread.start()
+        got = 0
+        with pytest.raises(errors.PeerClosed):
+            while True:
+                got += len(stays.recv(20))
+        for thread in threads:
+            thread.join(30)
+        assert got == 200 * 50_000
+        stays.close()
+
+
+def test_a_peer_that_sends_and_is_slow_to_read_gets_everything(stock):
+    """What the kernel still holds for it survives what it sent and nobody read."""
+    with ipckit.listen("zmq+tcp://127.0.0.1:0") as listener:
+        dealer = stock(zmq.DEALER, listener.url.host.port, rcvhwm=1)
+        dealer.send_multipart([b"", struct.pack(">cBIQIQ", b"H", 1, 1000, 1 << 30, 1000, 1 << 20)])
+        server = listener.accept(5)
+        assert dealer.recv_multipart()[1][:1] == b"W"
+    assert server.send_many([bytes(50_000)] * 400, 5) == 400
+    server.close()
+    for _ in range(200):
+        dealer.send(bytes(60_000))
+    assert sum(len(dealer.recv()) for _ in range(400)) == 400 * 50_000
+    assert dealer.recv_multipart() == [b"", b"B"]
+
+
+def test_a_port_is_free_when_its_last_channel_is_closed():
+    """Though the connection is still being ended in good order."""
+    client, server = meet("zmq+tcp://127.0.0.1:0")
+    with client:
+        server.send_many([bytes(50_000)] * 100, 5)
+        server.close()
+        ipckit.listen(str(server.url)).close()
+        assert sum(len(client.recv(5)) for _ in range(100)) == 100 * 50_000
 
 
 def test_what_was_sent_before_exit_arrives():

@@ -20,7 +20,6 @@ import select
 import socket
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +29,7 @@ import zmq
 
 from .. import errors
 from .._spi import Peer, Wait
+from . import _zmq_linger
 from ._zmq_context import NEVER, Sleeper, configure, context, hubs, inproc, map_zmq, turn_away, who_sent
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ _EVENT = struct.Struct("=HI")
 
 
 _numbers = itertools.count(1)
+_PORT = 0.5  # seconds that libzmq's thread has to close a port; it takes a fraction of a millisecond
 
 #: A control message has two parts, of which the first is empty; a frame has one part.
 HELLO, WELCOME, ACK, BYE, REFUSED = b"H", b"W", b"A", b"B", b"R"
@@ -97,6 +98,7 @@ class Hub:
         self._greeted: list[ZmqLink] = []  # by them, and not yet answered
         self._lost: list[ZmqLink] = []  # their connection ended; what it brought has not all been read
         self._connected: set[int] = set()
+        self._talking: set[int] = set()  # of these, those whose peer has not said goodbye
         self._descriptors: set[int] = set()  # libzmq's, for a forked child to close
         self._address = ""  # that we serve
         self._listening = -1  # libzmq's descriptor of it
@@ -373,11 +375,13 @@ class Hub:
         if event & _BEGAN:
             self._descriptors.add(fd)
             self._connected.add(fd)
+            self._talking.add(fd)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.up = True
         elif event & _ENDED:
             self._descriptors.discard(fd)
             self._connected.discard(fd)
+            self._talking.discard(fd)
             if fd == self._listening:
                 self._listening = -1
             elif self.dials:
@@ -390,6 +394,8 @@ class Hub:
         body = part.bytes
         kind, body = body[:1], body[1:]
         link = self.links.get(who)
+        if kind == BYE:
+            self._talking.discard(who_sent(part)[1])
         if kind == HELLO and link is None and not self.dials:
             self._hello(who, part, body)
         elif link is None:
@@ -469,8 +475,14 @@ class Hub:
 
     def _close(self) -> None:
         """Lock held. What was sent still goes out, in libzmq's thread, for `linger` seconds."""
-        if self.url.scheme == "zmq+tcp" and self._listening >= 0:
-            self._give_up_port()
+        kept: list[_zmq_linger.Kept] = []
+        listening = None
+        if self.url.scheme == "zmq+tcp":
+            self.drain()
+            if self._listening >= 0:
+                listening = _zmq_linger.Number(self._listening)
+            if self.options.linger > 0:
+                kept = _zmq_linger.keep(self._talking, self.options.linger)
         self.closed, self.direct = True, None
         hubs.discard(self)
         if self._stop >= 0:
@@ -478,14 +490,9 @@ class Hub:
         if self.dials and not self.links:  # the peer has left: there is nobody to wait for
             self.socket.setsockopt(zmq.LINGER, 0)
         self._drop()
-
-    def _give_up_port(self) -> None:
-        """Libzmq's thread closes it, within a fraction of a millisecond; who listens there next must not find it taken."""
-        self.socket.unbind(self._address)
-        deadline = time.monotonic() + 0.5
-        while self._listening >= 0 and (left := deadline - time.monotonic()) > 0:
-            if self._poll_fd.poll(left * 1000):
-                self.drain()
+        _zmq_linger.lingering.add(kept)
+        if listening is not None:
+            listening.wait(_PORT)
 
     def _drop(self) -> None:
         # First of all: libzmq's thread blocks for ever in an event that nobody reads, and our end of the monitor closes here.
