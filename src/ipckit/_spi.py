@@ -296,6 +296,14 @@ class Intake(Protocol):
 
 
 @runtime_checkable
+class Waiting(Protocol):
+    """An intake that can wait by itself, in one call and without the GIL, for less than the driver's sleep costs."""
+
+    def get(self, timeout: float | None) -> Parcel | None:
+        """The next parcel, which needs no settling. None: the time is up, or another thread is in here; go on by trying."""
+
+
+@runtime_checkable
 class Draining(Protocol):
     """An outlet whose messages depend on this process until they are acknowledged."""
 
@@ -360,6 +368,10 @@ class Queues(ABC, Generic[OptionsT]):
 
     queue_options: ClassVar[type[Any]]
 
+    def serves(self, url: Url) -> bool:
+        """False: at this URL queues and topics go over links all the same."""
+        return True
+
     @abstractmethod
     def sender(self, url: Url, options: OptionsT) -> Steps[Outlet]: ...
 
@@ -371,6 +383,10 @@ class Topics(ABC, Generic[OptionsT]):
     """Mixed into a Transport that has topics of its own. The others get them over links (`_linkhub`)."""
 
     topic_options: ClassVar[type[Any]]
+
+    def serves(self, url: Url) -> bool:
+        """False: at this URL queues and topics go over links all the same."""
+        return True
 
     @abstractmethod
     def publisher(self, url: Url, options: OptionsT, terms: PublishTerms) -> Steps[Publishing]: ...

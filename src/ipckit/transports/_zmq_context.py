@@ -25,6 +25,7 @@ from .._spi import Peer
 if TYPE_CHECKING:
     from .._url import Url
     from ._zmq_hub import Hub
+    from ._zmq_native import Native
     from .zmq import Options
 
 _SO_ATTACH_FILTER = 26
@@ -33,8 +34,11 @@ _HANDSHAKE = 10_000  # milliseconds in which a stranger has to speak ZMTP
 
 #: Listeners of zmq+inproc:// by name.
 inproc: dict[str, Hub] = {}
+#: Addresses of zmq+inproc:// at which a native socket listens.
+inproc_native: set[str] = set()
 #: All that are open, for a forked child and for the end of the program.
 hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+natives: weakref.WeakSet[Native] = weakref.WeakSet()
 _context: zmq.Context[zmq.Socket[bytes]] | None = None
 _context_lock = threading.Lock()
 
@@ -53,16 +57,18 @@ def _forked() -> None:
     """The threads of the context are not here: it is left as it is, never ended, and a new one made when it is needed."""
     global _context, _context_lock
     _context, _context_lock = None, threading.Lock()
-    for hub in tuple(hubs):
-        hub.abandon()
+    for each in (*hubs, *natives):
+        each.abandon()
     hubs.clear()
+    natives.clear()
     inproc.clear()
+    inproc_native.clear()
 
 
 def _exit() -> None:
     """What was sent still goes out, for as long as `linger` says."""
     global _context
-    quiet = [hub.quit() for hub in tuple(hubs)]
+    quiet = [each.quit() for each in (*hubs, *natives)]
     if all(quiet) and _context is not None:
         ending, _context = _context, None
         ending.term()
@@ -90,12 +96,30 @@ def map_zmq(error: zmq.ZMQError, url: object, operation: str) -> errors.IpcError
 
 
 def configure(socket: zmq.Socket[bytes], url: Url, options: Options) -> None:
-    socket.setsockopt(zmq.LINGER, round(options.linger * 1000))
+    """A ROUTER of ours."""
+    _configure(socket, url, options, options.limit)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error, not a drop
     socket.setsockopt(zmq.SNDHWM, 0)  # our windows bound what is under way: a goodbye and a credit always fit
     socket.setsockopt(zmq.RCVHWM, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, max(options.limit, 64))
     socket.setsockopt(zmq.RECONNECT_IVL, NEVER)
+
+
+def configure_native(socket: zmq.Socket[bytes], url: Url, options: Options, largest: int) -> None:
+    """A socket that is used as ZeroMQ meant it: it connects again by itself, and its own marks bound what is under way."""
+    _configure(socket, url, options, largest)
+    socket.setsockopt(zmq.SNDHWM, options.sndhwm)
+    socket.setsockopt(zmq.RCVHWM, options.rcvhwm)
+    socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is put in the queue of a peer that is not there
+    socket.setsockopt(zmq.RECONNECT_IVL, 10)  # milliseconds, doubling up to the next
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    if url.scheme != "zmq+inproc":  # left to itself the kernel would take megabytes, however little the marks say
+        socket.setsockopt(zmq.SNDBUF, 256 << 10)
+        socket.setsockopt(zmq.RCVBUF, 256 << 10)
+
+
+def _configure(socket: zmq.Socket[bytes], url: Url, options: Options, largest: int) -> None:
+    socket.setsockopt(zmq.LINGER, round(options.linger * 1000))
+    socket.setsockopt(zmq.MAXMSGSIZE, max(largest, 64))
     socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE)
     # With a domain, who speaks ZMTP 1 or 2 is hung up on (that is who begins with any byte but 0xff). It changes nothing else,
     # as nobody in our context handles authentication. Without one, the first message of such a peer makes libzmq 4.3 abort the

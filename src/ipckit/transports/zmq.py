@@ -21,16 +21,32 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .. import errors
 from .._capabilities import Capabilities
-from .._options import LinkOptions, duration, integer, option, size
-from .._spi import Link, Listener, Peer, Steps, Transport, Wait, Want
+from .._options import LinkOptions, duration, flag, integer, option, read, size
+from .._spi import (
+    Intake,
+    Link,
+    Listener,
+    Outlet,
+    Peer,
+    Publishing,
+    PublishTerms,
+    Queues,
+    QueueTerms,
+    Steps,
+    TopicTerms,
+    Topics,
+    Transport,
+    Wait,
+    Want,
+)
 from .._url import Host, Url
 from . import _inet, _unixsock
 from ._runtime import path_for
@@ -39,6 +55,9 @@ if TYPE_CHECKING:
     from ._unixsock import Name
     from ._zmq_hub import Hub
     from ._zmq_link import ZmqLink
+    from ._zmq_native import Native
+
+N = TypeVar("N", bound="Native")
 
 #: How long a connection that is made waits to be welcomed: a listener that nobody accepts at is a listener all the same.
 _GRACE = 0.05
@@ -61,9 +80,18 @@ class Options(LinkOptions):
     )
     linger: float = option(5.0, _linger, "how long after close() and at exit what was sent may still go out")
     keepalive: float = _inet.keepalive_option()
+    native: bool = option(False, flag, "queues by PUSH and PULL, topics by PUB and SUB: as fast as they are, and no safer")
 
 
-class Zmq(Transport[Options]):
+def _native(url: Url) -> bool:
+    return any(name == "native" for name, _ in url.options) and read(Options, _known(url)).native
+
+
+def _known(url: Url) -> Url:
+    return replace(url, options=tuple(pair for pair in url.options if pair[0] == "native"))
+
+
+class Zmq(Transport[Options], Queues[Options], Topics[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub"}),
         headers=True,
@@ -77,10 +105,26 @@ class Zmq(Transport[Options]):
         use_case="services in many languages, without a broker",
     )
     options: ClassVar[type[Any]] = Options
+    queue_options = topic_options = Options
     requires = ("zmq",)
     extra = "zmq"
 
     def capabilities_of(self, url: Url) -> Capabilities:
+        found = self._of_scheme(url)
+        if not _native(url):
+            return found
+        return replace(
+            found,
+            patterns=frozenset({"queue", "pubsub"}),
+            headers=False,
+            redelivery=False,
+            reliable=False,  # libzmq connects again by itself, and does not say what was lost with the connection
+            peer_credentials=False,
+            native_topics=True,
+            death="unreported",
+        )
+
+    def _of_scheme(self, url: Url) -> Capabilities:
         if url.scheme == "zmq+tcp":
             return self.capabilities
         if url.scheme == "zmq+ipc":
@@ -105,20 +149,7 @@ class Zmq(Transport[Options]):
         from ._zmq_hub import Hub
 
         with ExitStack() as undo:
-            sock: socket.socket | None = None
-            name: Name | None = None
-            address = "ipc:///ipckit"  # a word only: what is served is the socket that we hand over
-            if url.scheme == "zmq+tcp":
-                sock, url = yield from _inet.listen_steps(url)
-                host, port, *_ = sock.getsockname()
-                address = f"tcp://{Host(host, port)}"
-            elif url.scheme == "zmq+ipc":
-                sock, name = _unixsock.bind(url, path_for(url, ".zmq"))
-                undo.callback(name.release)
-            else:
-                address = _inproc_address(url)
-            if sock is not None:
-                undo.callback(sock.close)
+            url, address, sock, name = yield from _take(url, undo)
             hub = Hub(url, options, dials=False)
             undo.callback(hub.discard)
             hub.bind(address, sock)
@@ -140,6 +171,42 @@ class Zmq(Transport[Options]):
             raise errors.NothingListening("nobody listens there", url=url, operation="connect") from timeout
 
 
+    # `native=on`
+
+    def serves(self, url: Url) -> bool:
+        return _native(url)
+
+    def sender(self, url: Url, options: Options, listen: bool = False) -> Steps[Outlet]:
+        from ._zmq_native import Push
+
+        return (yield from _opened(url, options, listen, lambda url: Push(url, options), "queue"))
+
+    def receiver(self, url: Url, options: Options, terms: QueueTerms, listen: bool = True) -> Steps[Intake]:
+        from ._zmq_native import Pull
+
+        if terms.group is not None:
+            raise errors.Unsupported("a PULL has no groups", url=url, operation="receiver")
+        return (yield from _opened(url, options, listen, lambda url: Pull(url, options), "queue"))
+
+    def publisher(self, url: Url, options: Options, terms: PublishTerms) -> Steps[Publishing]:
+        from ._zmq_native import Publish
+
+        if terms.on_full not in ("block", "error"):
+            what = f"on_full={terms.on_full!r}, because libzmq drops without counting"
+        elif terms.retain:
+            what = "retain="
+        else:
+            return (yield from _opened(url, options, True, lambda url: Publish(url, options, terms), "topics"))
+        raise errors.Unsupported(f"native=on has no {what}", url=url, operation="publisher", hint="native=off has it")
+
+    def subscriber(self, url: Url, options: Options, terms: TopicTerms) -> Steps[Intake]:
+        from ._zmq_native import Subscribe
+
+        if terms.group is not None:
+            raise errors.Unsupported("a SUB has no groups", url=url, operation="subscriber", hint="native=off has them")
+        return (yield from _opened(url, options, False, lambda url: Subscribe(url, options, terms), "topics"))
+
+
 def _check(url: Url) -> None:
     if url.scheme != "zmq+tcp":
         if any(name == "keepalive" for name, _ in url.options):
@@ -150,13 +217,35 @@ def _check(url: Url) -> None:
         )
 
 
+def _take(url: Url, undo: ExitStack) -> Steps[tuple[Url, str, socket.socket | None, Name | None]]:
+    """The name, ours until `undo`: with the port that the system chose, in libzmq's words, and what is to be served."""
+    sock: socket.socket | None = None
+    name: Name | None = None
+    address = "ipc:///ipckit"  # a word only: what is served is the socket that we hand over
+    if url.scheme == "zmq+tcp":
+        sock, url = yield from _inet.listen_steps(url)
+        host, port, *_ = sock.getsockname()
+        address = f"tcp://{Host(host, port)}"
+    elif url.scheme == "zmq+ipc":
+        sock, name = _unixsock.bind(url, path_for(url, ".zmq"))
+        undo.callback(name.release)
+    else:
+        address = _inproc_address(url)
+    if sock is not None:
+        undo.callback(sock.close)
+    return url, address, sock, name
+
+
 # -- connecting -----------------------------------------------------------------------------------------------------
 
 
-def _addresses(url: Url) -> Steps[list[str]]:
+def _addresses(url: Url, what: str | None = None) -> Steps[list[str]]:
     """Where it may be, in libzmq's words; nothing while it is known to be nowhere."""
-    from ._zmq_context import inproc
+    from ._zmq_context import inproc, inproc_native
 
+    if url.scheme == "zmq+inproc" and what is not None:
+        address = f"{_inproc_address(url)}-{what}"
+        return [address] if address in inproc_native else []
     if url.scheme == "zmq+inproc":
         return [_inproc_address(url)] if url.name in inproc else []
     if url.scheme == "zmq+ipc":
@@ -278,6 +367,41 @@ class ZmqListener:
 
     def abandon(self) -> None:
         """The hub's own hook has done it."""
+
+
+# -- `native=on` ----------------------------------------------------------------------------------------------------
+
+
+def _opened(url: Url, options: Options, listen: bool, make: Callable[[Url], N], what: str) -> Steps[N]:
+    """A native socket that has its name, or its first connection."""
+    _check(url)
+    with ExitStack() as undo:
+        if listen:
+            url, address, sock, name = yield from _take(url, undo)
+            endpoint = make(url)
+            undo.callback(endpoint.close)
+            endpoint.bind(f"{address}-{what}" if sock is None else address, sock, name)
+        else:
+            endpoint = make(url)
+            undo.callback(endpoint.close)
+            try:
+                yield from _reach(url, endpoint, what)
+            except errors.Timeout as timeout:
+                raise errors.NothingListening("nobody listens there", url=url, operation="connect") from timeout
+        undo.pop_all()
+    return endpoint
+
+
+def _reach(url: Url, endpoint: Native, what: str) -> Steps[None]:
+    """Connect, and wait for the first time that somebody of the right kind is there; libzmq does so again by itself."""
+    pause = 0.001
+    while True:
+        for address in (yield from _addresses(url, what)):
+            with _short(url, address) as short:
+                if (yield from endpoint.reach(short, _ATTEMPT)):
+                    return
+        yield Wait((), pause)
+        pause = min(pause * 2, 0.05)
 
 
 TRANSPORT = Zmq()

@@ -1,0 +1,412 @@
+"""`?native=on`: a queue that is a PUSH and a PULL, topics that are an XPUB and a SUB. docs/wire/zmq.md has what travels.
+
+Any ZeroMQ program can be at the other end, and a message costs what it costs there. What libzmq does not promise is not promised:
+what a dead or broken connection held is gone, nobody acknowledges, messages have no id and no headers. A sender or publisher is held
+where a peer's queue is full (`sndhwm`, `rcvhwm`); nothing is dropped for that.
+
+Two ways to receive. `try_get` and `arm` as everywhere; and `get`, which waits inside libzmq with the GIL released, as
+`ZmqLink` does: a system call and an exception less than looking, announcing, looking again and sleeping. A *waker*, a second
+connection to the same socket, ends that wait when somebody closes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from .. import errors
+from .._spi import PublishTerms, Steps, TopicTerms, Wait, Want
+from .._url import Url
+from ..message import Parcel, Verdict, matches
+from . import _zmq_linger
+from ._zmq_context import NEVER, configure_native, context, inproc_native, map_zmq, natives
+
+if TYPE_CHECKING:
+    import socket
+
+    from ._unixsock import Name
+    from .zmq import Options
+
+_NOW, _EVENTS, _POLLIN, _POLLOUT = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
+_PORT = 0.5  # seconds that libzmq's thread has to close a port; it takes a fraction of a millisecond
+_numbers = itertools.count(1)
+
+#: Between a topic and the value; no topic contains it.
+END_OF_TOPIC = b"\0"
+#: What our subscribers subscribe to besides, so that they are counted. No topic begins with it.
+PRESENT = b"\x01ipckit"
+_TOPIC = 200  # bytes of one, at most; each is one character in ASCII, up to four in UTF-8
+_GLANCE = 64  # messages after which a publisher hears who has come and gone
+
+
+class Native:
+    """One zmq socket, its name or its connection, and its end. The socket is used with `lock` held."""
+
+    def __init__(self, url: Url, options: Options, kind: int) -> None:
+        self.url = url
+        self._options = options
+        self._limit = options.limit
+        self._name: Name | None = None
+        self._listening: _zmq_linger.Number | None = None
+        self._lock = threading.Lock()
+        self._closed = self._foreign = False
+        self._address = ""  # of zmq+inproc://, that we serve
+        self._count = self._bytes = 0
+        try:
+            self.socket = context().socket(kind)
+        except zmq.ZMQError as error:
+            raise map_zmq(error, url, "open") from error
+        configure_native(self.socket, url, options, options.limit + 4 * _TOPIC + 1)
+        self._fd = int(self.socket.getsockopt(zmq.FD))
+        natives.add(self)
+
+    @property
+    def native(self) -> Any:
+        """The zmq.Socket. It is not thread-safe: use it while nobody uses this endpoint."""
+        return self.socket
+
+    def bind(self, address: str, listening: socket.socket | None, name: Name | None) -> None:
+        self._name = name
+        self.socket.setsockopt(zmq.IPV6, "[" in address)
+        if listening is not None:
+            self._listening = _zmq_linger.Number(listening.fileno())
+            self.socket.setsockopt(zmq.USE_FD, listening.detach())
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as error:
+            raise map_zmq(error, self.url, "listen") from error
+
+        if listening is None and self._listening is None:
+            inproc_native.add(address)
+            self._address = address
+
+    def reach(self, address: str, seconds: float) -> Steps[bool]:
+        """Connect. Whether somebody of the right kind answered; if not, the address is given up."""
+        socket = self.socket
+        socket.setsockopt(zmq.IPV6, "[" in address)
+        local = address.startswith("inproc:")
+        monitor = None if local else socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        try:
+            socket.connect(address)
+            self.connected()
+            if monitor is None:
+                return True
+            fd, deadline = int(monitor.getsockopt(zmq.FD)), time.monotonic() + seconds
+            while not monitor.getsockopt(_EVENTS) & _POLLIN:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    socket.disconnect(address)
+                    return False
+                yield Wait(((fd, select.POLLIN),), left)
+            return True
+        except zmq.ZMQError as error:
+            raise map_zmq(error, self.url, "connect") from error
+        finally:
+            if monitor is not None:
+                socket.disable_monitor()
+
+    def connected(self) -> None:
+        """The connection was begun."""
+
+    def arm(self, want: Want) -> Wait:
+        with self._lock:
+            self._check("arm")
+            return Wait(((self._fd, select.POLLIN),))  # edge-triggered: whoever is told tries once more, which rearms it
+
+    def try_flush(self) -> bool:
+        """Always: libzmq's thread sends what it was given, whether we help or not."""
+        return True
+
+    def close(self) -> None:
+        if self._foreign:
+            return
+        self._closed = True
+        self._interrupt()
+        with self._lock:
+            if self.socket.closed:
+                return
+            self._release()
+            inproc_native.discard(self._address)
+            self.socket.close()
+        if self._listening is not None:
+            self._listening.wait(_PORT)
+        if self._name is not None:
+            self._name.release()
+
+    def quit(self) -> bool:
+        """At exit. True when the socket is closed."""
+        self._closed = True
+        self._interrupt()
+        if not self._lock.acquire(timeout=1):
+            return False
+        self._release()
+        self.socket.close()
+        self._lock.release()
+        return True
+
+    def abandon(self) -> None:
+        """In a forked child. The connections are in libzmq's hands, whose thread is not here: they stay the parent's."""
+        self._foreign = self._closed = True
+
+    def _interrupt(self) -> None:
+        """End a wait inside libzmq."""
+
+    def _release(self) -> None:
+        """Lock held: what there is besides the socket."""
+
+    def _check(self, operation: str) -> None:
+        if self._closed:
+            raise errors.Closed("this endpoint is closed", url=self.url, operation=operation)
+
+
+class _Giving(Native):
+    """What sends: an outlet."""
+
+    def _send(self, body: bytes, frame: bytes, operation: str) -> bool:
+        if len(body) > self._limit:
+            raise errors.MessageTooLarge(
+                f"{len(body)} bytes are above the limit of {self._limit}",
+                url=self.url,
+                operation=operation,
+                hint="raise limit= at both ends",
+            )
+        with self._lock:
+            self._check(operation)
+            try:
+                self.socket.send(frame, _NOW)
+            except zmq.Again:
+                return False
+            except zmq.ZMQError as error:
+                raise map_zmq(error, self.url, operation) from error
+            self._count += 1
+            self._bytes += len(body)
+            return True
+
+    def _refuse_names(self, parcel: Parcel, operation: str) -> None:
+        if parcel.headers:
+            what = "headers"
+        elif parcel.priority:
+            what = "priorities"
+        else:
+            return
+        raise errors.Unsupported(f"a bare ZeroMQ message has no {what}", url=self.url, operation=operation, hint="native=off")
+
+
+class Push(_Giving):
+    """`Outlet`: the sending side of a queue."""
+
+    def __init__(self, url: Url, options: Options) -> None:
+        super().__init__(url, options, zmq.PUSH)
+
+    def try_put(self, parcel: Parcel) -> bool:
+        self._refuse_names(parcel, "send")
+        return self._send(parcel.body, parcel.body, "send")
+
+    def counters(self) -> Mapping[str, int]:
+        return {"sent": self._count, "bytes_sent": self._bytes}
+
+
+class Publish(_Giving):
+    """`Publishing`. XPUB_NODROP: libzmq says when a subscriber's queue is full, in place of dropping."""
+
+    def __init__(self, url: Url, options: Options, terms: PublishTerms) -> None:
+        super().__init__(url, options, zmq.XPUB)
+        self._fails = terms.on_full == "error"
+        self._subscribers = self._since_glance = 0
+        self.socket.setsockopt(zmq.XPUB_NODROP, 1)
+        self.socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+
+    def try_put(self, parcel: Parcel) -> bool:
+        self._refuse_names(parcel, "publish")
+        frame = b"%b\0%b" % (parcel.topic.encode(), parcel.body)
+        self._since_glance += 1
+        if self._since_glance >= _GLANCE:
+            with self._lock:
+                self._listen()
+        if self._send(parcel.body, frame, "publish"):
+            return True
+        if self._fails:
+            raise errors.QueueFull("a subscriber does not keep up", url=self.url, operation="publish")
+        return False
+
+    def subscribers(self) -> int:
+        """Ours only: a stock SUB does not say how many of its subscriptions are one subscriber."""
+        with self._lock:
+            self._listen()
+            return self._subscribers
+
+    def counters(self) -> Mapping[str, int]:
+        with self._lock:
+            if not self._closed:
+                self._listen()
+            here = self._subscribers
+        return {"sent": self._count, "bytes_sent": self._bytes, "dropped": 0, "subscribers": here}
+
+    def _listen(self) -> None:
+        """Lock held. Subscriptions that came and went; what else a stranger says is not looked at."""
+        self._check("publish")
+        self._since_glance = 0
+        while self.socket.getsockopt(_EVENTS) & _POLLIN:
+            said = self.socket.recv(_NOW)
+            if said[1:] == PRESENT and said[0] < 2:
+                self._subscribers += 1 if said[0] else -1
+
+
+class _Taking(Native):
+    """What receives: an intake."""
+
+    def __init__(self, url: Url, options: Options, kind: int, waker: int) -> None:
+        super().__init__(url, options, kind)
+        self._token = b"\x02waker " + os.urandom(16)  # nobody can guess it
+        self._timeout: float | None = None
+        address = f"inproc://ipckit-native-waker-{next(_numbers)}"
+        self._waker_lock = threading.Lock()
+        self._waker = context().socket(waker)
+        self._waker.setsockopt(zmq.LINGER, 0)
+        self._waker.bind(address)
+        self.socket.connect(address)
+        self._malformed = 0
+
+    def understand(self, frame: bytes) -> Parcel | None:
+        """Lock held. The message; None: not for us."""
+        raise NotImplementedError
+
+    def try_get(self) -> Parcel | None:
+        with self._lock:
+            self._check("recv")
+            try:
+                while True:
+                    parcel = self.understand(self.socket.recv(_NOW))
+                    if parcel is not None:
+                        return parcel
+            except zmq.Again:
+                return None
+            except zmq.ZMQError as error:
+                raise map_zmq(error, self.url, "recv") from error
+
+    def get(self, timeout: float | None) -> Parcel | None:
+        """`Waiting`: wait inside libzmq. None: somebody else does, or the time is up."""
+        if not self._lock.acquire(False):
+            return None
+        try:
+            self._check("recv")
+            deadline = None if timeout is None else time.monotonic() + timeout
+            if timeout != self._timeout:
+                self._limit_wait(timeout)
+            while True:
+                parcel = self.understand(self.socket.recv())
+                if parcel is not None:
+                    return parcel
+                self._check("recv")
+                if deadline is not None:
+                    self._limit_wait(max(deadline - time.monotonic(), 0))
+        except zmq.Again:
+            return None
+        except zmq.ZMQError as error:
+            raise map_zmq(error, self.url, "recv") from error
+        finally:
+            self._lock.release()
+
+    def _limit_wait(self, timeout: float | None) -> None:
+        limit = -1 if timeout is None else min(int(timeout * 1000 + 0.999), NEVER)
+        self.socket.setsockopt(zmq.RCVTIMEO, limit)
+        self._timeout = timeout
+
+    def try_settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> bool:
+        if verdict is Verdict.NACK:
+            raise errors.Unsupported(
+                "nothing is handed out again here", url=self.url, operation="nack", hint="native=off has redelivery"
+            )
+        return True
+
+    def counters(self) -> Mapping[str, int]:
+        return {
+            "received": self._count,
+            "bytes_received": self._bytes,
+            "dropped": 0,
+            "malformed": self._malformed,
+        }
+
+    def _interrupt(self) -> None:
+        with self._waker_lock:
+            if not self._waker.closed:
+                self._waker.getsockopt(_EVENTS)  # so that it knows of the subscription
+                self._waker.send(self._token, _NOW)
+
+    def _release(self) -> None:
+        with self._waker_lock:
+            self._waker.close()
+
+
+class Pull(_Taking):
+    """`Intake`: the receiving side of a queue. Each part of a message is a message."""
+
+    def __init__(self, url: Url, options: Options) -> None:
+        super().__init__(url, options, zmq.PULL, zmq.PUSH)
+
+    def understand(self, frame: bytes) -> Parcel | None:
+        if self._closed or frame == self._token:
+            return None
+        if len(frame) > self._limit:
+            self._malformed += 1
+            return None
+        self._count += 1
+        self._bytes += len(frame)
+        return Parcel(frame)
+
+
+class Subscribe(_Taking):
+    """`Intake`: a subscriber. libzmq sorts out by the beginning of a topic, and we do the rest."""
+
+    def __init__(self, url: Url, options: Options, terms: TopicTerms) -> None:
+        super().__init__(url, options, zmq.SUB, zmq.PUB)
+        self._prefixes = sorted({prefix_of(pattern) for pattern in terms.topics})
+        self._covered = _cover(terms.topics)
+        self.socket.setsockopt(zmq.SUBSCRIBE, self._token)
+
+    def connected(self) -> None:
+        """After the connection was begun: subscriptions travel in this order, and who is counted has all of his."""
+        for prefix in (*self._prefixes, PRESENT):
+            self.socket.setsockopt(zmq.SUBSCRIBE, prefix)
+
+    def understand(self, frame: bytes) -> Parcel | None:
+        if self._closed or frame == self._token:
+            return None
+        name, end, body = frame.partition(END_OF_TOPIC)
+        try:
+            topic = name.decode()
+        except UnicodeDecodeError:
+            end = b""
+        if not end or len(body) > self._limit or len(name) > 4 * _TOPIC:
+            self._malformed += 1
+            return None
+        if self._covered is not None and not self._covered(topic):
+            return None
+        self._count += 1
+        self._bytes += len(body)
+        return Parcel(body, topic=topic)
+
+
+def prefix_of(pattern: str) -> bytes:
+    """How everything that the pattern covers begins on the wire."""
+    levels = pattern.split(".")
+    fixed = list(itertools.takewhile(lambda level: level not in ("*", ">"), levels))
+    if len(fixed) == len(levels):
+        return pattern.encode() + END_OF_TOPIC
+    # `a.>` covers `a` as well, so the dot is not part of what all begin with; of `a.*` it is.
+    dot = "." if fixed and levels[len(fixed)] == "*" else ""
+    return (".".join(fixed) + dot).encode()
+
+
+def _cover(patterns: tuple[str, ...]) -> Callable[[str], bool] | None:
+    """None: libzmq's own sorting out is enough."""
+    if ">" in patterns or not any("*" in pattern or ">" in pattern for pattern in patterns):
+        return None
+    return lambda topic: any(matches(pattern, topic) for pattern in patterns)
