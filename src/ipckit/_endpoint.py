@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -23,6 +24,7 @@ from .codecs import Codec, choose
 from .message import Parcel
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 
 class Resource(Protocol):
@@ -165,3 +167,18 @@ class Opening:
     async def arun(self, steps: Steps[T], timeout: float | None) -> T:
         with closing(self._lane.gate):
             return await arun(steps, self._lane, timeout)
+
+
+def wait_inside(
+    get: Callable[[float | None], P | None], lane: Lane, timeout: float | None
+) -> tuple[P | None, float | None]:
+    """What a `Waiting` intake has, and the time that is left. None: go on by `run`, which also says what is wrong."""
+    if (timeout is not None and not timeout > 0) or not lane.mutex.acquire(False):
+        return None, timeout
+    try:
+        if timeout is None:
+            return get(None), None
+        deadline = time.monotonic() + timeout
+        return get(timeout), max(deadline - time.monotonic(), 0)
+    finally:
+        lane.mutex.release()

@@ -300,7 +300,18 @@ class Waiting(Protocol):
     """An intake that can wait by itself, in one call and without the GIL, for less than the driver's sleep costs."""
 
     def get(self, timeout: float | None) -> Parcel | None:
-        """The next parcel, which needs no settling. None: the time is up, or another thread is in here; go on by trying."""
+        """The next parcel, one that needs no settling. None: the time is up. `close` ends it, with Closed."""
+
+
+@runtime_checkable
+class Handing(Protocol):
+    """An outlet that has done all it can when `try_put` says True: there is nothing to flush."""
+
+    def hand(self, parcel: Parcel) -> bool:
+        """`try_put`."""
+
+    def hand_many(self, parcels: Sequence[Parcel]) -> int:
+        """Take from the first on as many as there is room for, and no bad one; `try_put` says what the next one meets."""
 
 
 @runtime_checkable
@@ -377,6 +388,16 @@ class Queues(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def receiver(self, url: Url, options: OptionsT, terms: QueueTerms) -> Steps[Intake]: ...
+
+
+class SidedQueues(Queues[OptionsT]):
+    """Queues without a place of their own for messages: one side has the name (`listen`)."""
+
+    @abstractmethod
+    def sender(self, url: Url, options: OptionsT, listen: bool = False) -> Steps[Outlet]: ...
+
+    @abstractmethod
+    def receiver(self, url: Url, options: OptionsT, terms: QueueTerms, listen: bool = True) -> Steps[Intake]: ...
 
 
 class Topics(ABC, Generic[OptionsT]):

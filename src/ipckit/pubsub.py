@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located
-from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
+from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located, wait_inside
+from ._spi import Handing, Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Waiting, Want
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -119,6 +119,8 @@ class _BasePublisher(Endpoint, Generic[T]):
     def __init__(self, outlet: Publishing, opening: Opening) -> None:
         super().__init__(outlet, located(outlet, opening.url), opening.capabilities)
         self._outlet = outlet
+        self._hand = outlet.hand if isinstance(outlet, Handing) else None
+        self._hand_many = outlet.hand_many if isinstance(outlet, Handing) else None
         self._steps = _Publishing(outlet, opening.url)
         self._encode: Callable[[T], Any] = opening.codec.encode
         self._lane = Lane(self._gate, "publish")
@@ -143,11 +145,22 @@ class Publisher(_BasePublisher[T]):
         self, value: T, topic: str = "", timeout: float | None = None, *, headers: Mapping[str, str] | None = None
     ) -> None:
         """Give the value to everyone who subscribed to this topic."""
-        run(self._steps.publish([self._parcel(value, topic, headers)]), self._lane, timeout)
+        parcel = self._parcel(value, topic, headers)
+        if self._hand is None or not self._hand(parcel):
+            run(self._steps.publish([parcel]), self._lane, timeout)
 
     def publish_many(self, values: Sequence[T], topic: str = "", timeout: float | None = None) -> int:
         """Publish them all, confirmed together. Returns how many, which is fewer only when the time was up."""
-        return run(self._steps.publish([self._parcel(v, topic, None) for v in values]), self._lane, timeout)
+        parcels = [self._parcel(v, topic, None) for v in values]
+        done = 0 if self._hand_many is None else self._hand_many(parcels)
+        if done and done == len(parcels):
+            return done
+        try:
+            return done + run(self._steps.publish(parcels[done:]), self._lane, timeout)
+        except errors.Timeout:
+            if not done:
+                raise
+            return done
 
     def wait_for_subscribers(self, count: int, timeout: float | None = None) -> None:
         """Return when `count` subscribers are there, so that nobody misses the first message. Raises Timeout."""
@@ -195,6 +208,7 @@ class _BaseSubscriber(Endpoint, Generic[T]):
     def __init__(self, intake: Intake, opening: Opening) -> None:
         super().__init__(intake, located(intake, opening.url), opening.capabilities)
         self._intake = intake
+        self._get = intake.get if isinstance(intake, Waiting) else None
         self._steps = _Subscribing(intake)
         self._decode: Callable[[bytes], T] = opening.codec.decode
         self._rx = Lane(self._gate, "recv")
@@ -210,6 +224,10 @@ class Subscriber(_BaseSubscriber[T]):
 
     def recv(self, timeout: float | None = None) -> Message[T]:
         """The next message. `gap` says how many were dropped right before it."""
+        if self._get is not None:
+            parcel, timeout = wait_inside(self._get, self._rx, timeout)
+            if parcel is not None:
+                return self._message(parcel)
         return self._message(run(self._steps.recv(), self._rx, timeout))
 
     def recv_many(self, limit: int, timeout: float | None = None) -> list[Message[T]]:
@@ -284,7 +302,7 @@ class _TopicOpening(Opening):
     ) -> None:
         super().__init__(url, codec, type, require, "pubsub", operation)
         self._operation = operation
-        if isinstance(self.transport, Topics):
+        if isinstance(self.transport, Topics) and self.transport.serves(self.url):
             self._options = _options.read(self.transport.topic_options, self.url)
         else:
             from . import _linkhub
@@ -299,7 +317,7 @@ class _TopicOpening(Opening):
                 operation=self._operation,
             )
         terms = PublishTerms(on_full=on_full, retain=retain)
-        if isinstance(self.transport, Topics):
+        if isinstance(self.transport, Topics) and self.transport.serves(self.url):
             return self.transport.publisher(self.url, self._options, terms)
         from . import _linkhub
 
@@ -310,7 +328,7 @@ class _TopicOpening(Opening):
             raise errors.BadOption("topics must be a list of patterns", url=self.url, operation=self._operation)
         checked = tuple(check_topic(topic, self.url, pattern=True) for topic in topics)
         terms = TopicTerms(topics=checked, group=group)
-        if isinstance(self.transport, Topics):
+        if isinstance(self.transport, Topics) and self.transport.serves(self.url):
             return self.transport.subscriber(self.url, self._options, terms)
         from . import _linkhub
 

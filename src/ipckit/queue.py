@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located
-from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, Steps, Want
+from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located, wait_inside
+from ._spi import Draining, Handing, Intake, Outlet, Queues, QueueTerms, SidedQueues, Steps, Waiting, Want
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -137,6 +137,8 @@ class _BaseSender(Endpoint, Generic[T]):
     def __init__(self, outlet: Outlet, opening: Opening) -> None:
         super().__init__(outlet, located(outlet, opening.url), opening.capabilities)
         self._outlet = outlet
+        self._hand = outlet.hand if isinstance(outlet, Handing) else None
+        self._hand_many = outlet.hand_many if isinstance(outlet, Handing) else None
         self._steps = _Sending(outlet, opening.url)
         self._encode: Callable[[T], Any] = opening.codec.encode
         self._lane = Lane(self._gate, "send")
@@ -169,11 +171,23 @@ class Sender(_BaseSender[T]):
 
         Raises: OutcomeUnknown with the id when that was not confirmed in time: sending again with `id=` it makes no duplicate.
         """
-        return run(self._steps.send(self._parcel(value, id, headers, priority)), self._lane, timeout)
+        parcel = self._parcel(value, id, headers, priority)
+        if self._hand is not None and self._hand(parcel):
+            return parcel.id
+        return run(self._steps.send(parcel), self._lane, timeout)
 
     def send_many(self, values: Sequence[T], timeout: float | None = None) -> int:
         """Send them all, confirmed together. Returns how many, which is fewer only when the time was up."""
-        return run(self._steps.send_many([self._parcel(v, None, None, 0) for v in values]), self._lane, timeout)
+        parcels = [self._parcel(v, None, None, 0) for v in values]
+        done = 0 if self._hand_many is None else self._hand_many(parcels)
+        if done and done == len(parcels):
+            return done
+        try:
+            return done + run(self._steps.send_many(parcels[done:]), self._lane, timeout)
+        except errors.Timeout:
+            if not done:
+                raise
+            return done
 
     def drain(self, timeout: float | None = None) -> None:
         """Return when nothing that was sent depends on this process any more. Raises Timeout; nothing is lost by it.
@@ -231,6 +245,7 @@ class _BaseReceiver(Endpoint, Generic[T]):
     def __init__(self, intake: Intake, opening: Opening, terms: QueueTerms) -> None:
         super().__init__(intake, located(intake, opening.url), opening.capabilities)
         self._intake = intake
+        self._get = intake.get if isinstance(intake, Waiting) else None
         self._steps = _Receiving(intake, terms.manual)
         self._decode: Callable[[bytes], T] = opening.codec.decode
         self._rx = Lane(self._gate, "recv")
@@ -249,6 +264,10 @@ class Receiver(_BaseReceiver[T]):
 
         Raises: SchemaError or CodecError for a body that is not what was declared.
         """
+        if self._get is not None:
+            parcel, timeout = wait_inside(self._get, self._rx, timeout)
+            if parcel is not None:
+                return self._message(parcel)
         return self._message(run(self._steps.recv(), self._rx, timeout))
 
     def recv_many(self, limit: int, timeout: float | None = None) -> list[Message[T]]:
@@ -328,7 +347,7 @@ class _QueueOpening(Opening):
         self, url: str | Url, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
     ) -> None:
         super().__init__(url, codec, type, require, "queue", operation)
-        if isinstance(self.transport, Queues):
+        if isinstance(self.transport, Queues) and self.transport.serves(self.url):
             self.options = _options.read(self.transport.queue_options, self.url)
         else:
             from . import _linkqueue
@@ -336,14 +355,18 @@ class _QueueOpening(Opening):
             self.own, self.options = _options.read_both(_linkqueue.Options, self.transport.options, self.url)
 
     def sender(self, listen: bool) -> Steps[Outlet]:
-        if isinstance(self.transport, Queues):
+        if isinstance(self.transport, Queues) and self.transport.serves(self.url):
+            if isinstance(self.transport, SidedQueues):
+                return self.transport.sender(self.url, self.options, listen)
             return self.transport.sender(self.url, self.options)
         from . import _linkqueue
 
         return _linkqueue.sender(self.transport, self.url, self.options, self.own, listen)
 
     def receiver(self, listen: bool, terms: QueueTerms) -> Steps[Intake]:
-        if isinstance(self.transport, Queues):
+        if isinstance(self.transport, Queues) and self.transport.serves(self.url):
+            if isinstance(self.transport, SidedQueues):
+                return self.transport.receiver(self.url, self.options, terms, listen)
             return self.transport.receiver(self.url, self.options, terms)
         from . import _linkqueue
 

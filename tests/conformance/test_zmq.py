@@ -61,3 +61,42 @@ class TestZmqInprocTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance"
+
+
+# PUSH/PULL and PUB/SUB themselves, which promise less (see their capabilities).
+
+
+class TestZmqTcpNativeQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"zmq+tcp://127.0.0.1:{free_port()}?native=on"
+
+
+class TestZmqIpcNativeQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+ipc://conformance?native=on"
+
+
+class TestZmqInprocNativeQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+inproc://conformance?native=on"
+
+
+class TestZmqTcpNativeTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"zmq+tcp://127.0.0.1:{free_port()}?native=on"
+
+
+class TestZmqIpcNativeTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+ipc://conformance?native=on"
+
+
+class TestZmqInprocNativeTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+inproc://conformance?native=on"

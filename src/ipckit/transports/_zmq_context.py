@@ -57,8 +57,10 @@ def _forked() -> None:
     """The threads of the context are not here: it is left as it is, never ended, and a new one made when it is needed."""
     global _context, _context_lock
     _context, _context_lock = None, threading.Lock()
-    for each in (*hubs, *natives):
-        each.abandon()
+    for hub in tuple(hubs):
+        hub.abandon()
+    for native in tuple(natives):
+        native.abandon()
     hubs.clear()
     natives.clear()
     inproc.clear()
@@ -68,7 +70,7 @@ def _forked() -> None:
 def _exit() -> None:
     """What was sent still goes out, for as long as `linger` says."""
     global _context
-    quiet = [each.quit() for each in (*hubs, *natives)]
+    quiet = [hub.quit() for hub in tuple(hubs)] + [native.quit() for native in tuple(natives)]
     if all(quiet) and _context is not None:
         ending, _context = _context, None
         ending.term()
@@ -109,7 +111,6 @@ def configure_native(socket: zmq.Socket[bytes], url: Url, options: Options, larg
     _configure(socket, url, options, largest)
     socket.setsockopt(zmq.SNDHWM, options.sndhwm)
     socket.setsockopt(zmq.RCVHWM, options.rcvhwm)
-    socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is put in the queue of a peer that is not there
     socket.setsockopt(zmq.RECONNECT_IVL, 10)  # milliseconds, doubling up to the next
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     if url.scheme != "zmq+inproc":  # left to itself the kernel would take megabytes, however little the marks say

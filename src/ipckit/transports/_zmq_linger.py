@@ -2,8 +2,8 @@
 
 libzmq writes out what it was given, and closes the connection; if its socket ends, that is (`unbind` throws away what was not
 written yet, so nobody unbinds a port here). If the peer has sent something that nobody read, the kernel then answers with a
-reset, and what it had not sent yet is gone: messages that were accepted. libzmq has no orderly close. So before it is told to end,
-a second descriptor is made of each connection whose peer has not said goodbye: what libzmq closes is a number, the
+reset, and what it had not sent yet is gone: messages that were accepted. libzmq has no orderly close. So before it is told
+to end, a second descriptor is made of each connection whose peer has not said goodbye: what libzmq closes is a number, the
 connection lives. One thread throws away what comes in until libzmq is done; then `_linger` ends it, as for tcp://.
 
 That libzmq is done with a descriptor, nothing announces and its monitor does not tell: the number is no longer that file. So this

@@ -1,8 +1,8 @@
 """`?native=on`: a queue that is a PUSH and a PULL, topics that are an XPUB and a SUB. docs/wire/zmq.md has what travels.
 
-Any ZeroMQ program can be at the other end, and a message costs what it costs there. What libzmq does not promise is not promised:
-what a dead or broken connection held is gone, nobody acknowledges, messages have no id and no headers. A sender or publisher is held
-where a peer's queue is full (`sndhwm`, `rcvhwm`); nothing is dropped for that.
+Any ZeroMQ program can be at the other end, and a message costs what it costs there. What libzmq does not promise is not
+promised: what a dead or broken connection held is gone, nobody acknowledges, messages have no id and no headers. A sender or
+publisher is held where a peer's queue is full (`sndhwm`, `rcvhwm`); nothing is dropped for that.
 
 Two ways to receive. `try_get` and `arm` as everywhere; and `get`, which waits inside libzmq with the GIL released, as
 `ZmqLink` does: a system call and an exception less than looking, announcing, looking again and sleeping. A *waker*, a second
@@ -16,7 +16,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -99,7 +99,7 @@ class Native:
             if monitor is None:
                 return True
             fd, deadline = int(monitor.getsockopt(zmq.FD)), time.monotonic() + seconds
-            while not monitor.getsockopt(_EVENTS) & _POLLIN:
+            while not int(monitor.getsockopt(_EVENTS)) & _POLLIN:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     socket.disconnect(address)
@@ -111,6 +111,7 @@ class Native:
         finally:
             if monitor is not None:
                 socket.disable_monitor()
+                monitor.close(linger=0)
 
     def connected(self) -> None:
         """The connection was begun."""
@@ -118,7 +119,9 @@ class Native:
     def arm(self, want: Want) -> Wait:
         with self._lock:
             self._check("arm")
-            return Wait(((self._fd, select.POLLIN),))  # edge-triggered: whoever is told tries once more, which rearms it
+            return Wait(
+                ((self._fd, select.POLLIN),)
+            )  # edge-triggered: whoever is told tries once more, which rearms it
 
     def try_flush(self) -> bool:
         """Always: libzmq's thread sends what it was given, whether we help or not."""
@@ -154,6 +157,7 @@ class Native:
     def abandon(self) -> None:
         """In a forked child. The connections are in libzmq's hands, whose thread is not here: they stay the parent's."""
         self._foreign = self._closed = True
+        self._lock = threading.Lock()  # somebody may have been inside
 
     def _interrupt(self) -> None:
         """End a wait inside libzmq."""
@@ -162,12 +166,50 @@ class Native:
         """Lock held: what there is besides the socket."""
 
     def _check(self, operation: str) -> None:
+        if self._foreign:
+            raise errors.ForkedError(
+                "opened before a fork, used in the child",
+                url=self.url,
+                operation=operation,
+                hint="open the endpoint in the process that uses it",
+            )
         if self._closed:
             raise errors.Closed("this endpoint is closed", url=self.url, operation=operation)
 
 
 class _Giving(Native):
-    """What sends: an outlet."""
+    """What sends: an outlet, and `Handing`."""
+
+    def try_put(self, parcel: Parcel) -> bool:
+        raise NotImplementedError
+
+    def hand(self, parcel: Parcel) -> bool:
+        return self.try_put(parcel)
+
+    def frame_of(self, parcel: Parcel) -> bytes:
+        raise NotImplementedError
+
+    def hand_many(self, parcels: Sequence[Parcel]) -> int:
+        """Without a pause between them libzmq's thread does not fall asleep, and need not be woken for each."""
+        frames = [self.frame_of(parcel) for parcel in parcels]
+        done = 0
+        with self._lock:
+            self._check("send")
+            send = self.socket.send
+            try:
+                for frame in frames:
+                    if len(frame) > self._limit:
+                        break  # `try_put` says what is wrong with it
+                    send(frame, _NOW)
+                    done += 1
+            except zmq.Again:
+                pass
+            except zmq.ZMQError as error:
+                raise map_zmq(error, self.url, "send") from error
+            finally:
+                self._count += done
+                self._bytes += sum(len(parcel.body) for parcel in parcels[:done])
+        return done
 
     def _send(self, body: bytes, frame: bytes, operation: str) -> bool:
         if len(body) > self._limit:
@@ -196,7 +238,9 @@ class _Giving(Native):
             what = "priorities"
         else:
             return
-        raise errors.Unsupported(f"a bare ZeroMQ message has no {what}", url=self.url, operation=operation, hint="native=off")
+        raise errors.Unsupported(
+            f"a bare ZeroMQ message has no {what}", url=self.url, operation=operation, hint="native=off"
+        )
 
 
 class Push(_Giving):
@@ -204,10 +248,14 @@ class Push(_Giving):
 
     def __init__(self, url: Url, options: Options) -> None:
         super().__init__(url, options, zmq.PUSH)
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is put in the queue of a peer that is not there
+
+    def frame_of(self, parcel: Parcel) -> bytes:
+        self._refuse_names(parcel, "send")
+        return parcel.body
 
     def try_put(self, parcel: Parcel) -> bool:
-        self._refuse_names(parcel, "send")
-        return self._send(parcel.body, parcel.body, "send")
+        return self._send(parcel.body, self.frame_of(parcel), "send")
 
     def counters(self) -> Mapping[str, int]:
         return {"sent": self._count, "bytes_sent": self._bytes}
@@ -223,9 +271,12 @@ class Publish(_Giving):
         self.socket.setsockopt(zmq.XPUB_NODROP, 1)
         self.socket.setsockopt(zmq.XPUB_VERBOSER, 1)
 
-    def try_put(self, parcel: Parcel) -> bool:
+    def frame_of(self, parcel: Parcel) -> bytes:
         self._refuse_names(parcel, "publish")
-        frame = b"%b\0%b" % (parcel.topic.encode(), parcel.body)
+        return b"%b\0%b" % (parcel.topic.encode(), parcel.body)
+
+    def try_put(self, parcel: Parcel) -> bool:
+        frame = self.frame_of(parcel)
         self._since_glance += 1
         if self._since_glance >= _GLANCE:
             with self._lock:
@@ -253,7 +304,7 @@ class Publish(_Giving):
         """Lock held. Subscriptions that came and went; what else a stranger says is not looked at."""
         self._check("publish")
         self._since_glance = 0
-        while self.socket.getsockopt(_EVENTS) & _POLLIN:
+        while int(self.socket.getsockopt(_EVENTS)) & _POLLIN:
             said = self.socket.recv(_NOW)
             if said[1:] == PRESENT and said[0] < 2:
                 self._subscribers += 1 if said[0] else -1
@@ -292,9 +343,9 @@ class _Taking(Native):
                 raise map_zmq(error, self.url, "recv") from error
 
     def get(self, timeout: float | None) -> Parcel | None:
-        """`Waiting`: wait inside libzmq. None: somebody else does, or the time is up."""
-        if not self._lock.acquire(False):
-            return None
+        """`Waiting`: wait inside libzmq."""
+        self._check("recv")
+        self._lock.acquire()
         try:
             self._check("recv")
             deadline = None if timeout is None else time.monotonic() + timeout

@@ -38,11 +38,11 @@ from .._spi import (
     Peer,
     Publishing,
     PublishTerms,
-    Queues,
     QueueTerms,
+    SidedQueues,
     Steps,
-    TopicTerms,
     Topics,
+    TopicTerms,
     Transport,
     Wait,
     Want,
@@ -80,7 +80,9 @@ class Options(LinkOptions):
     )
     linger: float = option(5.0, _linger, "how long after close() and at exit what was sent may still go out")
     keepalive: float = _inet.keepalive_option()
-    native: bool = option(False, flag, "queues by PUSH and PULL, topics by PUB and SUB: as fast as they are, and no safer")
+    native: bool = option(
+        False, flag, "queues by PUSH and PULL, topics by PUB and SUB: as fast as they are, and no safer"
+    )
 
 
 def _native(url: Url) -> bool:
@@ -91,7 +93,7 @@ def _known(url: Url) -> Url:
     return replace(url, options=tuple(pair for pair in url.options if pair[0] == "native"))
 
 
-class Zmq(Transport[Options], Queues[Options], Topics[Options]):
+class Zmq(Transport[Options], SidedQueues[Options], Topics[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub"}),
         headers=True,
@@ -169,7 +171,6 @@ class Zmq(Transport[Options], Queues[Options], Topics[Options]):
                 pause = min(pause * 2, 0.05)
         except errors.Timeout as timeout:
             raise errors.NothingListening("nobody listens there", url=url, operation="connect") from timeout
-
 
     # `native=on`
 
