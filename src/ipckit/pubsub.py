@@ -14,6 +14,7 @@ As in `queue`: the logic once, the shells one line per verb.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -33,14 +34,20 @@ T = TypeVar("T")
 _LEVEL = re.compile(r"[^\s.*>\x00-\x1f\x7f]{1,100}\Z")
 
 
-def check_topic(topic: str, url: Url, *, pattern: bool) -> str:
-    """Refuse what is no topic (or no pattern). Raises BadOption."""
+@functools.lru_cache(maxsize=1024)
+def _is_topic(topic: str, pattern: bool) -> bool:
     levels = topic.split(".") if topic else []
-    good = len(topic) <= 200 and all(
+    if pattern and not levels:
+        return False
+    return len(topic) <= 200 and all(
         _LEVEL.match(level) or (pattern and (level == "*" or (level == ">" and i == len(levels) - 1)))
         for i, level in enumerate(levels)
     )
-    if not good or (pattern and not levels):
+
+
+def check_topic(topic: str, url: Url, *, pattern: bool) -> str:
+    """Refuse what is no topic (or no pattern). Raises BadOption."""
+    if not _is_topic(topic, pattern):
         kind = "pattern" if pattern else "topic"
         raise errors.BadOption(
             f"{topic!r} is no {kind}",

@@ -65,6 +65,7 @@ class Native:
             raise map_zmq(error, url, "open") from error
         configure_native(self.socket, url, options, options.limit + 4 * _TOPIC + 1)
         self._fd = int(self.socket.getsockopt(zmq.FD))
+        self._send_frame = super(zmq.Socket, self.socket).send  # without the sugar: options that we do not use
         natives.add(self)
 
     @property
@@ -195,7 +196,7 @@ class _Giving(Native):
         done = 0
         with self._lock:
             self._check("send")
-            send = self.socket.send
+            send = self._send_frame
             try:
                 for frame in frames:
                     if len(frame) > self._limit:
@@ -222,7 +223,7 @@ class _Giving(Native):
         with self._lock:
             self._check(operation)
             try:
-                self.socket.send(frame, _NOW)
+                self._send_frame(frame, _NOW)
             except zmq.Again:
                 return False
             except zmq.ZMQError as error:

@@ -11,6 +11,9 @@ by windows (`rcvhwm`, `window`), and by `sndhwm` for the sender; `close()` is im
 goes out for `linger` more. Names, ports and their liveness are our own (a lock beside the path, a probe), because
 libzmq takes a live path over without a word: it only serves the connections.
 
+Queues and topics go over these links: acknowledged, handed out again, counted. With `native=on` they are a PUSH and a PULL, an
+XPUB and a SUB, which any ZeroMQ program can be the other end of; both ends have to say so (`_zmq_native`, docs/wire/zmq.md).
+
 Limits: not encrypted. `send()` returns when libzmq's thread has the frame, some 50 µs before the kernel has it. libzmq ends
 the connections that it accepted at a TCP port together with the port; so after `Listener.close()` nobody is let in any more,
 but the port is free for others only when the last accepted channel is closed. One link waits inside libzmq; several links of
