@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -17,14 +16,13 @@ from typing import Any, Protocol, TypeVar
 
 from . import _registry, errors
 from ._capabilities import Capabilities, Pattern
-from ._spi import Abandoning, Draining, Located, Outlet, Steps, Want
+from ._spi import Abandoning, Batching, Draining, Located, Outlet, Steps, Want
 from ._url import Url, parse
 from ._wait import Gate, Lane, arun, run
 from .codecs import Codec, choose
 from .message import Parcel
 
 T = TypeVar("T")
-P = TypeVar("P")
 
 
 class Resource(Protocol):
@@ -90,6 +88,11 @@ class Endpoint:
 def located(resource: object, url: Url) -> Url:
     """Where it can be reached, where that is more than what was asked for."""
     return resource.url if isinstance(resource, Located) else url
+
+
+def put_many(outlet: Outlet, parcels: Sequence[Parcel]) -> int:
+    """How many of them the outlet has taken at once."""
+    return outlet.try_put_many(parcels) if len(parcels) > 1 and isinstance(outlet, Batching) else 0
 
 
 def confirm(outlet: Outlet, parcels: Sequence[Parcel], url: Url, operation: str) -> Steps[None]:
@@ -167,18 +170,3 @@ class Opening:
     async def arun(self, steps: Steps[T], timeout: float | None) -> T:
         with closing(self._lane.gate):
             return await arun(steps, self._lane, timeout)
-
-
-def wait_inside(
-    get: Callable[[float | None], P | None], lane: Lane, timeout: float | None
-) -> tuple[P | None, float | None]:
-    """What a `Waiting` intake has, and the time that is left. None: go on by `run`, which also says what is wrong."""
-    if (timeout is not None and not timeout > 0) or not lane.mutex.acquire(False):
-        return None, timeout
-    try:
-        if timeout is None:
-            return get(None), None
-        deadline = time.monotonic() + timeout
-        return get(timeout), max(deadline - time.monotonic(), 0)
-    finally:
-        lane.mutex.release()

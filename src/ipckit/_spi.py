@@ -296,21 +296,10 @@ class Intake(Protocol):
 
 
 @runtime_checkable
-class Waiting(Protocol):
-    """An intake that can wait by itself, in one call and without the GIL, for less than the driver's sleep costs."""
+class Batching(Protocol):
+    """An outlet that takes several at once for less than one after the other costs."""
 
-    def get(self, timeout: float | None) -> Parcel | None:
-        """The next parcel, one that needs no settling. None: the time is up. `close` ends it, with Closed."""
-
-
-@runtime_checkable
-class Handing(Protocol):
-    """An outlet that has done all it can when `try_put` says True: there is nothing to flush."""
-
-    def hand(self, parcel: Parcel) -> bool:
-        """`try_put`."""
-
-    def hand_many(self, parcels: Sequence[Parcel]) -> int:
+    def try_put_many(self, parcels: Sequence[Parcel]) -> int:
         """Take from the first on as many as there is room for, and no bad one; `try_put` says what the next one meets."""
 
 

@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located, wait_inside
-from ._spi import Handing, Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Waiting, Want
+from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located, put_many
+from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -66,9 +66,9 @@ class _Publishing:
         self._outlet, self._url = outlet, url
 
     def publish(self, parcels: Sequence[Parcel]) -> Steps[int]:
-        done = 0
+        done = put_many(self._outlet, parcels)
         try:
-            for parcel in parcels:
+            for parcel in parcels[done:]:
                 while not self._outlet.try_put(parcel):
                     wait = self._outlet.arm(Want.SEND)
                     if self._outlet.try_put(parcel):
@@ -126,8 +126,6 @@ class _BasePublisher(Endpoint, Generic[T]):
     def __init__(self, outlet: Publishing, opening: Opening) -> None:
         super().__init__(outlet, located(outlet, opening.url), opening.capabilities)
         self._outlet = outlet
-        self._hand = outlet.hand if isinstance(outlet, Handing) else None
-        self._hand_many = outlet.hand_many if isinstance(outlet, Handing) else None
         self._steps = _Publishing(outlet, opening.url)
         self._encode: Callable[[T], Any] = opening.codec.encode
         self._lane = Lane(self._gate, "publish")
@@ -152,22 +150,11 @@ class Publisher(_BasePublisher[T]):
         self, value: T, topic: str = "", timeout: float | None = None, *, headers: Mapping[str, str] | None = None
     ) -> None:
         """Give the value to everyone who subscribed to this topic."""
-        parcel = self._parcel(value, topic, headers)
-        if self._hand is None or not self._hand(parcel):
-            run(self._steps.publish([parcel]), self._lane, timeout)
+        run(self._steps.publish([self._parcel(value, topic, headers)]), self._lane, timeout)
 
     def publish_many(self, values: Sequence[T], topic: str = "", timeout: float | None = None) -> int:
         """Publish them all, confirmed together. Returns how many, which is fewer only when the time was up."""
-        parcels = [self._parcel(v, topic, None) for v in values]
-        done = 0 if self._hand_many is None else self._hand_many(parcels)
-        if done and done == len(parcels):
-            return done
-        try:
-            return done + run(self._steps.publish(parcels[done:]), self._lane, timeout)
-        except errors.Timeout:
-            if not done:
-                raise
-            return done
+        return run(self._steps.publish([self._parcel(v, topic, None) for v in values]), self._lane, timeout)
 
     def wait_for_subscribers(self, count: int, timeout: float | None = None) -> None:
         """Return when `count` subscribers are there, so that nobody misses the first message. Raises Timeout."""
@@ -215,7 +202,6 @@ class _BaseSubscriber(Endpoint, Generic[T]):
     def __init__(self, intake: Intake, opening: Opening) -> None:
         super().__init__(intake, located(intake, opening.url), opening.capabilities)
         self._intake = intake
-        self._get = intake.get if isinstance(intake, Waiting) else None
         self._steps = _Subscribing(intake)
         self._decode: Callable[[bytes], T] = opening.codec.decode
         self._rx = Lane(self._gate, "recv")
@@ -231,10 +217,6 @@ class Subscriber(_BaseSubscriber[T]):
 
     def recv(self, timeout: float | None = None) -> Message[T]:
         """The next message. `gap` says how many were dropped right before it."""
-        if self._get is not None:
-            parcel, timeout = wait_inside(self._get, self._rx, timeout)
-            if parcel is not None:
-                return self._message(parcel)
         return self._message(run(self._steps.recv(), self._rx, timeout))
 
     def recv_many(self, limit: int, timeout: float | None = None) -> list[Message[T]]:

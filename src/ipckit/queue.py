@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located, wait_inside
-from ._spi import Draining, Handing, Intake, Outlet, Queues, QueueTerms, SidedQueues, Steps, Waiting, Want
+from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located, put_many
+from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, SidedQueues, Steps, Want
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -42,9 +42,9 @@ class _Sending:
         return parcel.id
 
     def send_many(self, parcels: Sequence[Parcel]) -> Steps[int]:
-        done = 0
+        done = put_many(self._outlet, parcels)
         try:
-            for parcel in parcels:
+            for parcel in parcels[done:]:
                 yield from self._put(parcel)
                 done += 1
         except errors.Timeout:
@@ -137,8 +137,6 @@ class _BaseSender(Endpoint, Generic[T]):
     def __init__(self, outlet: Outlet, opening: Opening) -> None:
         super().__init__(outlet, located(outlet, opening.url), opening.capabilities)
         self._outlet = outlet
-        self._hand = outlet.hand if isinstance(outlet, Handing) else None
-        self._hand_many = outlet.hand_many if isinstance(outlet, Handing) else None
         self._steps = _Sending(outlet, opening.url)
         self._encode: Callable[[T], Any] = opening.codec.encode
         self._lane = Lane(self._gate, "send")
@@ -171,23 +169,11 @@ class Sender(_BaseSender[T]):
 
         Raises: OutcomeUnknown with the id when that was not confirmed in time: sending again with `id=` it makes no duplicate.
         """
-        parcel = self._parcel(value, id, headers, priority)
-        if self._hand is not None and self._hand(parcel):
-            return parcel.id
-        return run(self._steps.send(parcel), self._lane, timeout)
+        return run(self._steps.send(self._parcel(value, id, headers, priority)), self._lane, timeout)
 
     def send_many(self, values: Sequence[T], timeout: float | None = None) -> int:
         """Send them all, confirmed together. Returns how many, which is fewer only when the time was up."""
-        parcels = [self._parcel(v, None, None, 0) for v in values]
-        done = 0 if self._hand_many is None else self._hand_many(parcels)
-        if done and done == len(parcels):
-            return done
-        try:
-            return done + run(self._steps.send_many(parcels[done:]), self._lane, timeout)
-        except errors.Timeout:
-            if not done:
-                raise
-            return done
+        return run(self._steps.send_many([self._parcel(v, None, None, 0) for v in values]), self._lane, timeout)
 
     def drain(self, timeout: float | None = None) -> None:
         """Return when nothing that was sent depends on this process any more. Raises Timeout; nothing is lost by it.
@@ -245,7 +231,6 @@ class _BaseReceiver(Endpoint, Generic[T]):
     def __init__(self, intake: Intake, opening: Opening, terms: QueueTerms) -> None:
         super().__init__(intake, located(intake, opening.url), opening.capabilities)
         self._intake = intake
-        self._get = intake.get if isinstance(intake, Waiting) else None
         self._steps = _Receiving(intake, terms.manual)
         self._decode: Callable[[bytes], T] = opening.codec.decode
         self._rx = Lane(self._gate, "recv")
@@ -264,10 +249,6 @@ class Receiver(_BaseReceiver[T]):
 
         Raises: SchemaError or CodecError for a body that is not what was declared.
         """
-        if self._get is not None:
-            parcel, timeout = wait_inside(self._get, self._rx, timeout)
-            if parcel is not None:
-                return self._message(parcel)
         return self._message(run(self._steps.recv(), self._rx, timeout))
 
     def recv_many(self, limit: int, timeout: float | None = None) -> list[Message[T]]:

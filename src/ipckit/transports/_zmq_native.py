@@ -26,7 +26,7 @@ from .._spi import PublishTerms, Steps, TopicTerms, Wait, Want
 from .._url import Url
 from ..message import Parcel, Verdict, matches
 from . import _zmq_linger
-from ._zmq_context import NEVER, configure_native, context, inproc_native, map_zmq, natives
+from ._zmq_context import configure_native, context, inproc_native, map_zmq, natives
 
 if TYPE_CHECKING:
     import socket
@@ -183,18 +183,15 @@ class Native:
 
 
 class _Giving(Native):
-    """What sends: an outlet, and `Handing`."""
+    """What sends: an outlet, and `Batching`."""
 
     def try_put(self, parcel: Parcel) -> bool:
         raise NotImplementedError
 
-    def hand(self, parcel: Parcel) -> bool:
-        return self.try_put(parcel)
-
     def frame_of(self, parcel: Parcel) -> bytes:
         raise NotImplementedError
 
-    def hand_many(self, parcels: Sequence[Parcel]) -> int:
+    def try_put_many(self, parcels: Sequence[Parcel]) -> int:
         """Without a pause between them libzmq's thread does not fall asleep, and need not be woken for each."""
         frames = [self.frame_of(parcel) for parcel in parcels]
         done = 0
@@ -321,7 +318,6 @@ class _Taking(Native):
     def __init__(self, url: Url, options: Options, kind: int, waker: int) -> None:
         super().__init__(url, options, kind)
         self._token = b"\x02waker " + os.urandom(16)  # nobody can guess it
-        self._timeout: float | None = None
         address = f"inproc://ipckit-native-waker-{next(_numbers)}"
         self._waker_lock = threading.Lock()
         self._waker = context().socket(waker)
@@ -346,34 +342,6 @@ class _Taking(Native):
                 return None
             except zmq.ZMQError as error:
                 raise map_zmq(error, self.url, "recv") from error
-
-    def get(self, timeout: float | None) -> Parcel | None:
-        """`Waiting`: wait inside libzmq."""
-        self._check("recv")
-        self._lock.acquire()
-        try:
-            self._check("recv")
-            deadline = None if timeout is None else time.monotonic() + timeout
-            if timeout != self._timeout:
-                self._limit_wait(timeout)
-            while True:
-                parcel = self.understand(self.socket.recv())
-                if parcel is not None:
-                    return parcel
-                self._check("recv")
-                if deadline is not None:
-                    self._limit_wait(max(deadline - time.monotonic(), 0))
-        except zmq.Again:
-            return None
-        except zmq.ZMQError as error:
-            raise map_zmq(error, self.url, "recv") from error
-        finally:
-            self._lock.release()
-
-    def _limit_wait(self, timeout: float | None) -> None:
-        limit = -1 if timeout is None else min(int(timeout * 1000 + 0.999), NEVER)
-        self.socket.setsockopt(zmq.RCVTIMEO, limit)
-        self._timeout = timeout
 
     def try_settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> bool:
         if verdict is Verdict.NACK:
