@@ -29,6 +29,7 @@ setup(
                     "py_ring_recv.c",
                     "py_ring_send.c",
                     "py_claim.c",
+                    "py_kernel.c",
                     "stream.c",
                     "ring.c",
                     "ring_wait.c",

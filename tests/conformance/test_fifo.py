@@ -2,7 +2,7 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestFifo(ChannelContract):
@@ -11,3 +11,15 @@ class TestFifo(ChannelContract):
     @pytest.fixture
     def url(self) -> str:
         return f"fifo://contract-{uuid4().hex}"
+
+
+class TestFifoQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "fifo://queue"
+
+
+class TestFifoTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "fifo://topics"

@@ -1,8 +1,11 @@
+from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+import ipckit
+from ipckit import errors
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestMq(ChannelContract):
@@ -11,3 +14,23 @@ class TestMq(ChannelContract):
     @pytest.fixture
     def url(self) -> str:
         return f"mq://contract-{uuid4().hex}?depth=8&frame=2048"  # all queues of a user share one small budget
+
+
+class TestMqQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"mq://queue-{uuid4().hex}?depth=8&frame=2048"
+
+    @pytest.fixture(autouse=True)
+    def emptied(self, url: str, runtime_dir: str) -> Iterator[None]:
+        """What a contract leaves is kept by the kernel: take it out, and the last one removes the queue."""
+        yield
+        with ipckit.receiver(url) as rest, pytest.raises(errors.Timeout):
+            while True:
+                rest.recv(0)
+
+
+class TestMqTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"mq://topics-{uuid4().hex}?depth=8&frame=2048"

@@ -6,6 +6,7 @@ Their contract is in `_spi`; here stands what is particular to them.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from .._spi import Buffer, Peer, Wait, Want
@@ -121,3 +122,14 @@ def floor_mechanisms() -> tuple[str, ...]:
 
 def floor_throughput(mechanism: str, size: int, count: int, cpus: tuple[int, int]) -> int:
     """Nanoseconds in which `count` messages of `size` bytes went one way."""
+
+# System calls that Python lacks (Linux). They raise OSError, and never wait: the queue is O_NONBLOCK.
+
+def mq_send(mqd: int, frame: Buffer, priority: int) -> bool:
+    """False when the queue is full."""
+
+def mq_receive(mqd: int, buffer: bytearray | memoryview) -> int:
+    """Bytes of the message that is in `buffer` now; -1 when the queue is empty. The buffer is as long as a frame may be."""
+
+def watch_directory(path: Path) -> int:
+    """A descriptor (inotify) that tells which files of the directory were closed after writing, or got their name there."""

@@ -116,5 +116,6 @@ PyObject *endpoint_counters(struct endpoint *end);
 /* Adding the types; 0 or -1. */
 int add_stream_type(PyObject *module);
 int add_ring_type(PyObject *module); /* and ring_create */
+int add_kernel_calls(PyObject *module);
 
 #endif

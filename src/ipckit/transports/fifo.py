@@ -30,9 +30,10 @@ import msgspec
 
 from .. import errors
 from .._capabilities import Capabilities
-from .._spi import Link, Listener, Peer, Steps, Transport, Wait
+from .._spi import Intake, Link, Listener, Outlet, Peer, Queues, QueueTerms, Steps, Transport, Wait
 from .._url import Url
-from . import _owner, _rendezvous, _runtime
+from . import _fifo_queue, _owner, _rendezvous, _runtime
+from ._kernelqueue import KernelOutlet, intake
 from ._mail import Card
 from ._native import Ended
 from ._oserror import map_oserror
@@ -50,15 +51,18 @@ class FifoOptions(StreamOptions):
     size: int = pipe_size_option()
 
 
-class FifoTransport(Transport[FifoOptions]):
+class FifoTransport(Transport[FifoOptions], Queues[_fifo_queue.FifoQueueOptions]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "queue", "pubsub"}),
+        headers=True,
+        redelivery=True,
         fileno=True,
         model="messages on two byte streams, through the kernel, with a name in the file system",
         data="byte stream, framed into messages",
         use_case="unrelated programs on one machine, and scripts: a name that ls shows",
     )
     options: ClassVar[type[Any]] = FifoOptions
+    queue_options: ClassVar[type[Any]] = _fifo_queue.FifoQueueOptions
 
     def listen(self, url: Url, options: FifoOptions) -> Steps[Listener]:
         path = _runtime.path_for(url, ".fifo")
@@ -74,6 +78,14 @@ class FifoTransport(Transport[FifoOptions]):
         return (
             yield from _rendezvous.keep_trying(url, lambda: _find(url, path), lambda desk: _knock(url, options, desk))
         )
+
+    def sender(self, url: Url, options: _fifo_queue.FifoQueueOptions) -> Steps[Outlet]:
+        place, kernel = yield from _fifo_queue.enter(url, options)
+        return KernelOutlet(url, place, kernel, options.limit)
+
+    def receiver(self, url: Url, options: _fifo_queue.FifoQueueOptions, terms: QueueTerms) -> Steps[Intake]:
+        place, kernel = yield from _fifo_queue.enter(url, options)
+        return intake(url, place, kernel, options.limit)
 
 
 def _try_size(url: Url, options: FifoOptions) -> None:

@@ -22,91 +22,43 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import select
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import _options, errors
+from .. import errors
 from .._capabilities import Capabilities
-from .._options import option
-from .._spi import Link, Listener, Peer, Steps, Transport, Wait
+from .._spi import Intake, Link, Listener, Outlet, Peer, Queues, QueueTerms, Steps, Transport, Wait
 from .._url import Url
-from . import _owner, _rendezvous, _runtime
+from . import _mq_queue, _owner, _rendezvous, _runtime
+from ._kernelqueue import KernelOutlet, intake
 from ._mail import Card, Inbox, Outbox, Watch, Window
-from ._oserror import map_oserror
+from ._mqueue import LEVELS, MqOptions, choose_sizes, make, mapped, open_queue, path_of, unlink
 from ._unixsock import Name, take
 
 if TYPE_CHECKING:
     import posix_ipc
 
-_LEVELS = 32  # _POSIX_MQ_PRIO_MAX, which every system has; Linux has 32768
-_LIMITS = Path("/proc/sys/fs/mqueue")
 _POLLIN, _POLLOUT = select.POLLIN, select.POLLOUT
-_QUEUES = 18  # of the first size, that the user's budget has room for: two for each channel
-_SMALLEST = (4, _rendezvous.MAX_GREETING)  # messages, bytes each
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MqOptions(_options.LinkOptions):
-    depth: int | None = option(
-        None, _options.integer(2, 65536), "messages that a queue holds; default: fs.mqueue.msg_max"
-    )
-    frame: int | None = option(
-        None, _options.size, "bytes of a frame; larger messages are fragmented; default: fs.mqueue.msgsize_max"
-    )
-
-
-def _limit(name: str, otherwise: int) -> int:
-    try:
-        return int((_LIMITS / name).read_text())
-    except (OSError, ValueError):
-        return otherwise
 
 
 class _Post:
     """Mailboxes of this transport. See `_mail.Post`."""
 
     window: Window | None = None
-    priorities = _LEVELS
+    priorities = LEVELS
 
     def __init__(self, url: Url, options: MqOptions) -> None:
         self.url = url
         self._file = _runtime.path_for(url, ".mq")
         self._records = _runtime.default_dir() / "mq"
-        self._sizes = self._choose(options)
-
-    def _choose(self, options: MqOptions) -> list[tuple[int, int]]:
-        """(messages, bytes each), the best first."""
-        msg_max, msgsize_max = _limit("msg_max", 10), _limit("msgsize_max", 8192)
-        depth = options.depth or min(msg_max, 64)
-        budget = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
-        share = msgsize_max if budget == resource.RLIM_INFINITY else budget // (_QUEUES * depth)
-        frame = options.frame or max(min(msgsize_max, share), _SMALLEST[1])
-        if frame < _SMALLEST[1]:
-            raise errors.BadOption(f"frame= must be at least {_SMALLEST[1]}", url=self.url)
-        for wanted, allowed, name in ((depth, msg_max, "msg_max"), (frame, msgsize_max, "msgsize_max")):
-            if wanted > allowed and os.geteuid() != 0:
-                raise errors.ResourceLimit(
-                    f"{wanted} is above fs.mqueue.{name}, which is {allowed}",
-                    url=self.url,
-                    hint=f"as root: sysctl fs.mqueue.{name}={wanted}",
-                )
-        sizes = [(depth, frame)]
-        if options.depth is None and options.frame is None:
-            while frame > _SMALLEST[1]:
-                frame = max(frame // 2, _SMALLEST[1])
-                sizes.append((depth, frame))
-            sizes.append(_SMALLEST)
-        return sizes
+        self._sizes = choose_sizes(url, options)
 
     # the listener's name
 
     def open_rendezvous(self) -> Steps[Inbox]:
-        with _mapped(self.url, "listen"):
+        with mapped(self.url, "listen"):
             name = take(self.url, self._file)
             try:
                 queue = self._make((10, _rendezvous.MAX_GREETING))
@@ -131,7 +83,7 @@ class _Post:
         yield  # pragma: no cover
 
     def find(self) -> Steps[Card | None]:
-        with _mapped(self.url, "connect"):
+        with mapped(self.url, "connect"):
             try:
                 fd = os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError:
@@ -152,19 +104,19 @@ class _Post:
     # sessions
 
     def open_inbox(self) -> Steps[Inbox]:
-        with _mapped(self.url, "open"):
+        with mapped(self.url, "open"):
             return self._make(*self._sizes)
         yield  # pragma: no cover
 
     def open_outbox(self, card: Card) -> Steps[tuple[Outbox, Watch]]:
-        with _mapped(self.url, "open"):
+        with mapped(self.url, "open"):
             queue, records = card.get("queue"), card.get("records")
             if not isinstance(queue, str) or not _owner.NAME.fullmatch(queue) or not isinstance(records, str):
                 raise errors.ProtocolError("the card names no queue", url=self.url)
             record = Path(records) / queue
             watch = _MqWatch(self.url, queue, record)
             try:
-                outbox = _MqOutbox(_open(self.url, queue))
+                outbox = _MqOutbox(open_queue(self.url, path_of(queue)))
             except BaseException:
                 watch.close()
                 raise
@@ -175,8 +127,6 @@ class _Post:
 
     def _make(self, *sizes: tuple[int, int]) -> _MqInbox:
         """A queue, as large as the user's budget allows, with its record made before it."""
-        import posix_ipc
-
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._records, 0o700)
         _owner.sweep(self._records, lambda name: _remove(self._records / name))
@@ -187,89 +137,19 @@ class _Post:
         try:
             lifeline = os.open(record, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
             for messages, size in sizes:
-                try:
-                    queue = posix_ipc.MessageQueue(
-                        _path(name), posix_ipc.O_CREX, mode=0o600, max_messages=messages, max_message_size=size
-                    )
-                except ValueError as error:
-                    raise errors.ResourceLimit(
-                        f"a queue of {messages} messages of {size} bytes is refused",
-                        url=self.url,
-                        hint="see fs.mqueue.msg_max and fs.mqueue.msgsize_max",
-                    ) from error
-                except OSError as error:
-                    # posix_ipc has the same words for RLIMIT_MSGQUEUE and for no descriptors, and no errno.
-                    if (messages, size) != sizes[-1]:
-                        continue
-                    raise self._no_room(error) from error
-                return _MqInbox(queue, record, lifeline)
-            raise AssertionError("no size was tried")
+            return _MqInbox(make(self.url, path_of(name), *sizes), record, lifeline)
         except BaseException:
             if lifeline >= 0:
                 os.close(lifeline)
             os.unlink(record)
             raise
 
-    def _no_room(self, error: OSError) -> errors.ResourceLimit:
-        try:
-            os.close(os.dup(2))
-        except OSError as full:
-            return errors.ResourceLimit("no descriptors are left", url=self.url, hint=f"ulimit -n: {full.strerror}")
-        budget = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
-        return errors.ResourceLimit(
-            f"the kernel makes no more queues: {error}",
-            url=self.url,
-            hint=f"all queues of a user share RLIMIT_MSGQUEUE, {budget} bytes: close some, or raise it with `ulimit -q` "
-            f"or LimitMSGQUEUE=; or raise fs.mqueue.queues_max, {_limit('queues_max', 256)}",
-        )
-
 
 def _remove(record: Path) -> None:
     """The queue first: as long as it exists, its record does."""
-    _unlink(record.name)
+    unlink(path_of(record.name))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(record)
-
-
-def _path(name: str) -> str:
-    return f"/ipckit.{os.geteuid()}.{name}"
-
-
-def _unlink(name: str) -> None:
-    import posix_ipc
-
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_message_queue(_path(name))
-
-
-def _open(url: Url, name: str) -> posix_ipc.MessageQueue:
-    import posix_ipc
-
-    try:
-        queue = posix_ipc.MessageQueue(_path(name))
-    except posix_ipc.ExistentialError as error:
-        raise errors.NothingListening("the queue is gone", url=url) from error
-    if os.fstat(queue.mqd).st_uid != os.geteuid():
-        queue.close()
-        raise errors.AccessDenied("the queue belongs to somebody else", url=url)
-    return queue
-
-
-@contextlib.contextmanager
-def _mapped(url: Url, operation: str) -> Iterator[None]:
-    """The one place where a foreign error becomes ours."""
-    import posix_ipc
-
-    try:
-        yield
-    except posix_ipc.PermissionsError as error:
-        raise errors.AccessDenied("the queue belongs to somebody else", url=url, operation=operation) from error
-    except posix_ipc.Error as error:
-        raise errors.IpcError(str(error), url=url, operation=operation) from error
-    except OSError as error:
-        if isinstance(error, errors.IpcError):
-            raise
-        raise map_oserror(error, url, operation) from error
 
 
 # -- the mailboxes --------------------------------------------------------------------------------------------------
@@ -401,10 +281,12 @@ class _MqWatch:
 # -- the transport --------------------------------------------------------------------------------------------------
 
 
-class MqTransport(Transport[MqOptions]):
+class MqTransport(Transport[MqOptions], Queues[MqOptions]):
     capabilities = Capabilities(
-        patterns=frozenset({"channel"}),
-        priorities=_LEVELS,
+        patterns=frozenset({"channel", "queue", "pubsub"}),
+        headers=True,
+        redelivery=True,
+        priorities=LEVELS,
         model="messages that the kernel keeps in queues by priority",
         synchronisation="no",
         data="discrete messages with a priority",
@@ -412,6 +294,7 @@ class MqTransport(Transport[MqOptions]):
         use_case="jobs and commands between the processes of one machine, the urgent ones first",
     )
     options = MqOptions
+    queue_options = MqOptions
     requires = ("posix_ipc",)
     extra = "mq"
 
@@ -420,6 +303,14 @@ class MqTransport(Transport[MqOptions]):
 
     def connect(self, url: Url, options: MqOptions) -> Steps[Link]:
         return (yield from _rendezvous.connect(_Post(url, options), options.limit))
+
+    def sender(self, url: Url, options: MqOptions) -> Steps[Outlet]:
+        place, kernel = yield from _mq_queue.enter(url, options)
+        return KernelOutlet(url, place, kernel, options.limit)
+
+    def receiver(self, url: Url, options: MqOptions, terms: QueueTerms) -> Steps[Intake]:
+        place, kernel = yield from _mq_queue.enter(url, options)
+        return intake(url, place, kernel, options.limit)
 
 
 TRANSPORT = MqTransport()
