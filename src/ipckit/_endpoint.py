@@ -12,11 +12,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from . import _registry, errors
 from ._capabilities import Capabilities, Pattern
-from ._spi import Abandoning, Batching, Draining, Located, Outlet, Steps, Want
+from ._spi import Abandoning, Batching, Draining, Link, Located, Outlet, Steps, Want
 from ._url import Url, parse
 from ._wait import Gate, Lane, arun, run
 from .codecs import Codec, choose
@@ -70,6 +70,10 @@ class Endpoint:
 
     def _close(self) -> None:
         self._gate.close()
+
+    def _forget(self) -> None:
+        """What is underneath is another endpoint's."""
+        _open.discard(self)
 
     def __del__(self, _finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if _finalizing():  # threads stand still now, perhaps with a lock of ours; the kernel closes everything
@@ -135,19 +139,31 @@ def _raise_failure(parcels: Sequence[Parcel]) -> None:
             raise parcel.failure
 
 
+@runtime_checkable
+class Yielding(Protocol):
+    """A Channel, which may be given where a URL is expected."""
+
+    url: Url
+    codec: Codec[Any]
+
+    def yield_link(self, operation: str) -> Link: ...
+
+
 class Opening:
     """A URL made ready: transport found, pattern and requirements checked, codec chosen."""
 
     def __init__(
         self,
-        url: str | Url,
+        url: str | Url | Yielding,
         codec: str | Codec[Any] | None,
         type: Any,
         require: Collection[str],
         pattern: Pattern,
         operation: str,
     ) -> None:
-        self.url = parse(url)
+        self.end = url if isinstance(url, Yielding) else None
+        self.operation = operation
+        self.url = url.url if isinstance(url, Yielding) else parse(url)
         required = frozenset(
             (require,) if isinstance(require, str) else require
         )  # a str is a collection too, of letters
@@ -160,7 +176,8 @@ class Opening:
                 operation=operation,
                 hint=f"it has: {', '.join(sorted(self.capabilities.patterns))}",
             )
-        self.codec = choose(codec, type)
+        inherits = self.end is not None and codec is type is None
+        self.codec = self.end.codec if inherits and self.end is not None else choose(codec, type)
         self._lane = Lane(Gate(self.url, lambda: None), operation, passing=True)
 
     def run(self, steps: Steps[T], timeout: float | None) -> T:

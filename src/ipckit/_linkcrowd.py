@@ -90,6 +90,23 @@ class Dialer:
             self._steps = None
 
 
+class OnlyLink:
+    """A Listener in front of whom nobody will ever stand: for a link that was taken over, and cannot be had again."""
+
+    def __init__(self, url: Url, link: Link) -> None:
+        self.url = url
+        self.native = link.native
+
+    def try_accept(self) -> Link | None:
+        return None
+
+    def arm(self, want: Want) -> Wait:
+        return Wait(())
+
+    def close(self) -> None:
+        pass
+
+
 class Crowd(Generic[M]):
     def __init__(
         self,
@@ -110,6 +127,7 @@ class Crowd(Generic[M]):
         self._unhailed: list[M] = []
         self.reconnects = 0
         self.refusal: errors.IpcError | None = None  # the other side of a side that connects does not want us
+        self.over: errors.IpcError | None = None  # the only link ended: nobody is there any more, and nobody will be
         self._door: Listener | Dialer | None = door
         self._make, self._lost = member, lost
         self._hot: deque[M] = deque()
@@ -160,6 +178,8 @@ class Crowd(Generic[M]):
         _log.log(level, "%s: lost a connection: %s", self.url, error.message)
         if self.connects and isinstance(error, errors.ProtocolError):
             self.refusal = error
+        if isinstance(self._door, OnlyLink):
+            self.over = error
         member.link.close()
         if isinstance(self._door, Dialer) and not self._closed:
             self._door.later(time.monotonic() - member.since)
@@ -325,7 +345,9 @@ class Crowd(Generic[M]):
             yield
 
     def sleep(self, until: float | None = None) -> Wait:
-        """What a caller sleeps on, after `arm`."""
+        """What a caller sleeps on, after `arm`. Raises what the only link ended with: there is nothing to wait for."""
+        if self.over is not None:
+            raise type(self.over)(self.over.message, url=self.url, hint=self.over.hint)
         self._sleepers = True
         return self.watch.sleep(until)
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ._linkcrowd import Dialer
+from ._linkcrowd import Dialer, OnlyLink
 from ._linkpublisher import LinkPublisher
 from ._linksubscriber import LinkSubscriber
 from ._options import DEFAULT_LIMIT, LinkOptions, integer, option
-from ._spi import Intake, Publishing, PublishTerms, Steps, TopicTerms, Transport
+from ._spi import Intake, Link, Publishing, PublishTerms, Steps, TopicTerms, Transport
 from ._url import Url
 
 
@@ -37,7 +37,24 @@ def publisher(
 
 def subscriber(transport: Transport[Any], url: Url, options: Any, own: Options, terms: TopicTerms) -> Steps[Intake]:
     link = yield from transport.connect(url, options)
-    subscribed = LinkSubscriber(url, Dialer(url, lambda: transport.connect(url, options)), link, terms)
+    dialer = Dialer(url, lambda: transport.connect(url, options))
+    return (yield from _subscribed(LinkSubscriber(url, dialer, link, terms)))
+
+
+def publisher_over(
+    url: Url, link: Link, options: Any, own: Options, terms: PublishTerms, handed_over: bool
+) -> Steps[Publishing]:
+    """To the one subscriber at the other end of this link."""
+    limit = options.limit if isinstance(options, LinkOptions) else DEFAULT_LIMIT
+    return LinkPublisher(url, OnlyLink(url, link), terms, own.backlog, limit, handed_over, link)
+    yield  # nothing to wait for
+
+
+def subscriber_over(url: Url, link: Link, terms: TopicTerms) -> Steps[Intake]:
+    return (yield from _subscribed(LinkSubscriber(url, OnlyLink(url, link), link, terms)))
+
+
+def _subscribed(subscribed: LinkSubscriber) -> Steps[Intake]:
     try:
         yield from subscribed.greeted()
     except BaseException:

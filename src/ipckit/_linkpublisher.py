@@ -76,7 +76,14 @@ class LinkPublisher:
     """`Publishing`, and `Tended` by the keeper."""
 
     def __init__(
-        self, url: Url, listener: Listener, terms: PublishTerms, backlog: int, limit: int, handed_over: bool
+        self,
+        url: Url,
+        listener: Listener,
+        terms: PublishTerms,
+        backlog: int,
+        limit: int,
+        handed_over: bool,
+        first: Link | None = None,
     ) -> None:
         self._lock = threading.Lock()
         self._url = url
@@ -91,6 +98,8 @@ class LinkPublisher:
         self._watched = False  # the keeper knows that somebody is behind
         self._deadline: float | None = None  # closed, and lingering
         self._closed = False
+        if first is not None:
+            self._crowd.admit(first)
         keeper.tend(self)
 
     @property

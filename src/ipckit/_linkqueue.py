@@ -16,12 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ._linkcrowd import Dialer
+from ._linkcrowd import Dialer, OnlyLink
 from ._linkintake import LinkIntake
 from ._linkoutlet import LinkOutlet
 from ._linkwire import MAX_WINDOW
 from ._options import integer, option
-from ._spi import Intake, Outlet, QueueTerms, Steps, Transport
+from ._spi import Intake, Link, Outlet, QueueTerms, Steps, Transport
 from ._url import Url
 
 #: Messages that a receiver takes before it has acknowledged the first. What one has, those it competes with do not get.
@@ -54,3 +54,14 @@ def receiver(
         return LinkIntake(url, listener, None, own.prefetch or _ALONE)
     link = yield from transport.connect(url, options)
     return LinkIntake(url, Dialer(url, lambda: transport.connect(url, options)), link, own.prefetch or _COMPETING)
+
+
+def sender_over(url: Url, link: Link) -> Steps[Outlet]:
+    """To the one receiver at the other end of this link."""
+    return LinkOutlet(url, OnlyLink(url, link), link)
+    yield  # nothing to wait for
+
+
+def receiver_over(url: Url, link: Link, own: Options) -> Steps[Intake]:
+    return LinkIntake(url, OnlyLink(url, link), link, own.prefetch or _ALONE)
+    yield  # nothing to wait for

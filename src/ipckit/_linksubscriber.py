@@ -13,7 +13,7 @@ from typing import Any
 from . import _linkwire as wire
 from . import errors
 from ._linkcrowd import Crowd, Dialer, Member
-from ._spi import Link, Steps, TopicTerms, Wait, Want
+from ._spi import Link, Listener, Steps, TopicTerms, Wait, Want
 from ._url import Url
 from .message import UNKNOWN, Parcel, Verdict
 
@@ -21,11 +21,11 @@ from .message import UNKNOWN, Parcel, Verdict
 class LinkSubscriber:
     """`Intake`."""
 
-    def __init__(self, url: Url, dialer: Dialer, link: Link, terms: TopicTerms) -> None:
+    def __init__(self, url: Url, door: Listener | Dialer, link: Link, terms: TopicTerms) -> None:
         self._lock = threading.Lock()
         self._url = url
         hello = wire.hello(wire.Hello(wire.SUBSCRIBER, topics=terms.topics, group=terms.group))
-        self._crowd: Crowd[Member] = Crowd(url, dialer, hello, Member, self._lost, ends=False)
+        self._crowd: Crowd[Member] = Crowd(url, door, hello, Member, self._lost, ends=False)
         self._received = self._bytes = self._dropped = 0
         self._missed = False  # an unknown number
         self._over = False

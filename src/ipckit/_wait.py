@@ -40,11 +40,12 @@ os.register_at_fork(after_in_child=_forked)
 class Gate:
     """Open once, closed once. `release` runs when it is closed and nobody is inside any more."""
 
-    __slots__ = ("_bell", "_generation", "_inside", "_loops", "_mutex", "_release", "closed", "url")
+    __slots__ = ("_bell", "_generation", "_inside", "_loops", "_mutex", "_release", "closed", "url", "why")
 
     def __init__(self, url: object, release: Callable[[], None]) -> None:
         self.url = url
         self.closed = False
+        self.why = "this endpoint is closed"
         self._release: Callable[[], None] | None = release
         self._generation = _generation
         self._mutex = threading.Lock()
@@ -61,7 +62,7 @@ class Gate:
         """Raise ForkedError in a child, Closed after `close`. Without the lock: for one who will not wait inside."""
         self.refuse_foreign(operation)
         if self.closed:
-            raise errors.Closed("this endpoint is closed", url=self.url, operation=operation)
+            raise errors.Closed(self.why, url=self.url, operation=operation)
 
     def refuse_foreign(self, operation: str) -> None:
         """Raise ForkedError in a child. Comes before every lock: a thread that the child does not have may hold it."""
@@ -77,7 +78,7 @@ class Gate:
         self.refuse_foreign(operation)
         with self._mutex:
             if self.closed:
-                raise errors.Closed("this endpoint is closed", url=self.url, operation=operation)
+                raise errors.Closed(self.why, url=self.url, operation=operation)
             self._inside += 1
 
     def leave(self) -> None:
@@ -125,6 +126,21 @@ class Gate:
             readiness.close()
         if last:
             self._finish()
+
+    def surrender(self, why: str, operation: str) -> None:
+        """Close, and release nothing: what is behind the gate is somebody else's from now on. Raises Closed, ConfigError."""
+        if self.foreign:
+            self.closed, self.why = True, why
+            return
+        with self._mutex:
+            if self.closed:
+                raise errors.Closed(self.why, url=self.url, operation=operation)
+            if self._inside:
+                raise errors.ConfigError("somebody waits in a call of this endpoint", url=self.url, operation=operation)
+            self.closed, self.why, self._release = True, why, None
+        for readiness in tuple(self._loops.values()):
+            readiness.close()
+        self._finish()
 
     def _finish(self) -> None:
         with self._mutex:

@@ -51,6 +51,10 @@ class _Frames:
         self.url = url
         self.counts = [0, 0, 0, 0]
 
+    @property
+    def holds(self) -> bool:
+        return self._held is not None
+
     def send(self, frame: Buffer, priority: int = 0) -> Steps[None]:
         if self._try_send(frame, priority):
             self._count(frame)
@@ -222,14 +226,19 @@ class _Driven:
         return sent, bytes_sent, received, bytes_received
 
 
+_FUSED = ("send", "recv", "recv_into", "send_many", "recv_many")  # what a Channel of bytes binds
+
+
 class _BaseChannel(Endpoint, Generic[T]):
+    _yielded = False
+
     def __init__(self, link: Link, url: Url, codec: Codec[T], capabilities: Capabilities) -> None:
         super().__init__(link, url, capabilities)
         self._link = link
         self._frames = _Frames(link, url)
         self._encode = codec.encode
         self._decode = codec.decode
-        self._codec = codec
+        self.codec = codec
         self._undecoded = deque[bytes]()  # received by recv_many, behind one that could not be decoded
         self._tx = Lane(self._gate, "send")
         self._rx = Lane(self._gate, "recv")
@@ -276,6 +285,8 @@ class _BaseChannel(Endpoint, Generic[T]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For multiprocessing: an end that may be given away (`pipe://`) passes to a child. Raises Unsupported for others."""
+        if self._yielded:
+            self._gate.check("pickle")
         if not isinstance(self._link, Giving):
             raise errors.Unsupported(
                 "this endpoint cannot pass to another process",
@@ -283,7 +294,26 @@ class _BaseChannel(Endpoint, Generic[T]):
                 operation="pickle",
                 hint="pass the URL, and connect there; or use pipe://",
             )
-        return type(self), (self._link, self.url, self._codec, self.capabilities)
+        return type(self), (self._link, self.url, self.codec, self.capabilities)
+
+    def yield_link(self, operation: str) -> Link:
+        """Give the link to another pattern. From now on this channel raises Closed, and closing it does nothing.
+
+        Raises: Closed; ConfigError while a call waits here, or a message was received and not taken.
+        """
+        if self._undecoded or self._frames.holds:
+            raise errors.ConfigError(
+                "a message waits in this channel", url=self.url, operation=operation, hint="recv() it first"
+            )
+        if self._gate.foreign and not isinstance(self._link, Giving):
+            self._gate.refuse_foreign(operation)
+        self._gate.surrender(f"this channel's link was taken over by {operation}()", operation)
+        self._fused = _Driven(self._frames, self._tx, self._rx)  # which asks at the gate; a native link's own verbs do not
+        for verb in _FUSED:
+            self.__dict__.pop(verb, None)
+        self._forget()
+        self._yielded = True
+        return self._link
 
     def fileno(self) -> int:
         """A descriptor that becomes readable when a message may have come. Raises Unsupported where there is none.
@@ -300,7 +330,7 @@ class _BaseChannel(Endpoint, Generic[T]):
 
     def _close(self) -> None:
         super()._close()
-        if isinstance(self._link, Fused):  # its own calls wait inside it, not at our gate
+        if isinstance(self._link, Fused) and not self._yielded:  # its own calls wait inside it, not at our gate
             self._link.close()
 
 
@@ -315,7 +345,7 @@ class Channel(_BaseChannel[T]):
     def __init__(self, link: Link, url: Url, codec: Codec[T], capabilities: Capabilities) -> None:
         super().__init__(link, url, codec, capabilities)
         if codec is RAW:
-            for verb in ("send", "recv", "recv_into", "send_many", "recv_many"):
+            for verb in _FUSED:
                 self.__dict__[verb] = getattr(self._fused, verb)
 
     def send(self, value: T, timeout: float | None = None, priority: int = 0) -> None:

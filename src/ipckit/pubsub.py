@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located, put_many
+from ._endpoint import Endpoint, Opening, Yielding, confirm, confirm_in_time, located, put_many
 from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
 from ._url import Url
 from ._wait import Lane, arun, run
@@ -287,11 +287,11 @@ class AsyncSubscriber(_BaseSubscriber[T]):
 
 class _TopicOpening(Opening):
     def __init__(
-        self, url: str | Url, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
+        self, url: str | Url | Yielding, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
     ) -> None:
         super().__init__(url, codec, type, require, "pubsub", operation)
         self._operation = operation
-        if isinstance(self.transport, Topics) and self.transport.serves(self.url):
+        if isinstance(self.transport, Topics) and self.transport.serves(self.url) and self.end is None:
             self._options = _options.read(self.transport.topic_options, self.url)
         else:
             from . import _linkhub
@@ -306,10 +306,13 @@ class _TopicOpening(Opening):
                 operation=self._operation,
             )
         terms = PublishTerms(on_full=on_full, retain=retain)
-        if isinstance(self.transport, Topics) and self.transport.serves(self.url):
+        if isinstance(self.transport, Topics) and self.transport.serves(self.url) and self.end is None:
             return self.transport.publisher(self.url, self._options, terms)
         from . import _linkhub
 
+        if self.end is not None:
+            link, handed_over = self.end.yield_link(self.operation), self.capabilities.handed_over
+            return _linkhub.publisher_over(self.url, link, self._options, self._own, terms, handed_over)
         return _linkhub.publisher(self.transport, self.url, self._options, self._own, terms)
 
     def subscriber(self, topics: Sequence[str], group: str | None) -> Steps[Intake]:
@@ -317,16 +320,18 @@ class _TopicOpening(Opening):
             raise errors.BadOption("topics must be a list of patterns", url=self.url, operation=self._operation)
         checked = tuple(check_topic(topic, self.url, pattern=True) for topic in topics)
         terms = TopicTerms(topics=checked, group=group)
-        if isinstance(self.transport, Topics) and self.transport.serves(self.url):
+        if isinstance(self.transport, Topics) and self.transport.serves(self.url) and self.end is None:
             return self.transport.subscriber(self.url, self._options, terms)
         from . import _linkhub
 
+        if self.end is not None:
+            return _linkhub.subscriber_over(self.url, self.end.yield_link(self.operation), terms)
         return _linkhub.subscriber(self.transport, self.url, self._options, self._own, terms)
 
 
 @overload
 def publisher(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     on_full: OnFull = "block",
     retain: int = 0,
@@ -335,7 +340,7 @@ def publisher(
 ) -> Publisher[bytes]: ...
 @overload
 def publisher(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     on_full: OnFull = "block",
     retain: int = 0,
@@ -346,7 +351,7 @@ def publisher(
 ) -> Publisher[T]: ...
 @overload
 def publisher(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     on_full: OnFull = "block",
     retain: int = 0,
@@ -355,7 +360,7 @@ def publisher(
     require: Collection[str] = (),
 ) -> Publisher[Any]: ...
 def publisher(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     on_full: OnFull = "block",
     retain: int = 0,
@@ -380,7 +385,7 @@ def publisher(
 
 @overload
 def subscriber(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     topics: Sequence[str] = (">",),
     group: str | None = None,
@@ -389,7 +394,7 @@ def subscriber(
 ) -> Subscriber[bytes]: ...
 @overload
 def subscriber(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     topics: Sequence[str] = (">",),
     group: str | None = None,
@@ -400,7 +405,7 @@ def subscriber(
 ) -> Subscriber[T]: ...
 @overload
 def subscriber(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     topics: Sequence[str] = (">",),
     group: str | None = None,
@@ -409,7 +414,7 @@ def subscriber(
     require: Collection[str] = (),
 ) -> Subscriber[Any]: ...
 def subscriber(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     topics: Sequence[str] = (">",),
     group: str | None = None,
@@ -432,7 +437,7 @@ def subscriber(
 
 
 async def apublisher(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     on_full: OnFull = "block",
     retain: int = 0,
@@ -447,7 +452,7 @@ async def apublisher(
 
 
 async def asubscriber(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     topics: Sequence[str] = (">",),
     group: str | None = None,

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, confirm, confirm_in_time, located, put_many
-from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, SidedQueues, Steps, Want
+from ._endpoint import Endpoint, Opening, Yielding, confirm, confirm_in_time, located, put_many
+from ._spi import Draining, Intake, Outlet, QueueTerms, Queues, SidedQueues, Steps, Want
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -325,10 +325,10 @@ class AsyncReceiver(_BaseReceiver[T]):
 
 class _QueueOpening(Opening):
     def __init__(
-        self, url: str | Url, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
+        self, url: str | Url | Yielding, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
     ) -> None:
         super().__init__(url, codec, type, require, "queue", operation)
-        if isinstance(self.transport, Queues) and self.transport.serves(self.url):
+        if isinstance(self.transport, Queues) and self.transport.serves(self.url) and self.end is None:
             self.options = _options.read(self.transport.queue_options, self.url)
         else:
             from . import _linkqueue
@@ -336,31 +336,35 @@ class _QueueOpening(Opening):
             self.own, self.options = _options.read_both(_linkqueue.Options, self.transport.options, self.url)
 
     def sender(self, listen: bool) -> Steps[Outlet]:
-        if isinstance(self.transport, Queues) and self.transport.serves(self.url):
+        if isinstance(self.transport, Queues) and self.transport.serves(self.url) and self.end is None:
             if isinstance(self.transport, SidedQueues):
                 return self.transport.sender(self.url, self.options, listen)
             return self.transport.sender(self.url, self.options)
         from . import _linkqueue
 
+        if self.end is not None:
+            return _linkqueue.sender_over(self.url, self.end.yield_link(self.operation))
         return _linkqueue.sender(self.transport, self.url, self.options, self.own, listen)
 
     def receiver(self, listen: bool, terms: QueueTerms) -> Steps[Intake]:
-        if isinstance(self.transport, Queues) and self.transport.serves(self.url):
+        if isinstance(self.transport, Queues) and self.transport.serves(self.url) and self.end is None:
             if isinstance(self.transport, SidedQueues):
                 return self.transport.receiver(self.url, self.options, terms, listen)
             return self.transport.receiver(self.url, self.options, terms)
         from . import _linkqueue
 
+        if self.end is not None:
+            return _linkqueue.receiver_over(self.url, self.end.yield_link(self.operation), self.own)
         return _linkqueue.receiver(self.transport, self.url, self.options, self.own, terms, listen)
 
 
 @overload
 def sender(
-    url: str | Url, *, listen: bool = False, timeout: float | None = None, require: Collection[str] = ()
+    url: str | Url | Yielding, *, listen: bool = False, timeout: float | None = None, require: Collection[str] = ()
 ) -> Sender[bytes]: ...
 @overload
 def sender(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     listen: bool = False,
     timeout: float | None = None,
@@ -370,7 +374,7 @@ def sender(
 ) -> Sender[T]: ...
 @overload
 def sender(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     listen: bool = False,
     timeout: float | None = None,
@@ -378,7 +382,7 @@ def sender(
     require: Collection[str] = (),
 ) -> Sender[Any]: ...
 def sender(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     listen: bool = False,
     timeout: float | None = None,
@@ -401,7 +405,7 @@ def sender(
 
 @overload
 def receiver(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     group: str | None = None,
     ack: Ack = "auto",
@@ -411,7 +415,7 @@ def receiver(
 ) -> Receiver[bytes]: ...
 @overload
 def receiver(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     group: str | None = None,
     ack: Ack = "auto",
@@ -423,7 +427,7 @@ def receiver(
 ) -> Receiver[T]: ...
 @overload
 def receiver(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     group: str | None = None,
     ack: Ack = "auto",
@@ -433,7 +437,7 @@ def receiver(
     require: Collection[str] = (),
 ) -> Receiver[Any]: ...
 def receiver(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     group: str | None = None,
     ack: Ack = "auto",
@@ -469,7 +473,7 @@ def _terms(opening: Opening, group: str | None, ack: Ack) -> QueueTerms:
 
 
 async def asender(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     listen: bool = False,
     timeout: float | None = None,
@@ -483,7 +487,7 @@ async def asender(
 
 
 async def areceiver(
-    url: str | Url,
+    url: str | Url | Yielding,
     *,
     group: str | None = None,
     ack: Ack = "auto",

@@ -1,11 +1,23 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
 
 
 class TestPipe(ChannelContract):
     schemes = ("pipe",)
 
+    @pytest.fixture
+    def url(self) -> str:
+        return "pipe://"
+
+
+class TestPipeQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "pipe://"
+
+
+class TestPipeTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "pipe://"

@@ -237,10 +237,10 @@ class Mailbox:
     def __init__(self, victim: Victim, directory: Path) -> None:
         import posix_ipc
 
-        from ipckit.transports import mq
+        from ipckit.transports import _mqueue
 
         card = json.loads((directory / "v.mq").read_text())
-        self._queue = posix_ipc.MessageQueue(mq._path(card["queue"]))
+        self._queue = posix_ipc.MessageQueue(_mqueue.path_of(card["queue"]))
         self._queue.block = False
         self._busy = posix_ipc.BusyError
 

@@ -11,7 +11,7 @@ import pytest
 import ipckit
 from ipckit import errors
 from ipckit._url import parse
-from ipckit.transports import _owner, mq
+from ipckit.transports import _mqueue, _owner, mq
 
 posix_ipc = pytest.importorskip("posix_ipc")
 
@@ -36,7 +36,7 @@ def pair(url="mq://prio"):
 
 def exists(name):
     try:
-        posix_ipc.MessageQueue(mq._path(name)).close()
+        posix_ipc.MessageQueue(_mqueue.path_of(name)).close()
     except posix_ipc.ExistentialError:
         return False
     return True
@@ -132,7 +132,7 @@ import os, resource, tempfile, threading
 import posix_ipc
 import ipckit
 from ipckit import errors
-from ipckit.transports import mq
+from ipckit.transports import _mqueue
 if os.geteuid() == 0:
     os.setuid(50000 + os.getpid() % 10000)  # the budget is a user's, and this one has nobody else's queues
 directory = tempfile.TemporaryDirectory()
@@ -208,8 +208,8 @@ def test_another_user_cannot_open_a_queue(run_dir):
         out = alone(f"""
 os.geteuid = lambda: 0
 try:
-    with mq._mapped("mq://prio", "connect"):
-        mq._open("mq://prio", {name!r})
+    with _mqueue.mapped("mq://prio", "connect"):
+        _mqueue.open_queue("mq://prio", _mqueue.path_of({name!r}))
 except errors.AccessDenied as error:
     print(error)
 """)
@@ -219,10 +219,10 @@ except errors.AccessDenied as error:
 def test_a_queue_of_somebody_else_is_refused(monkeypatch):
     real = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: 77)
-    queue = posix_ipc.MessageQueue(mq._path("1.1.1"), posix_ipc.O_CREX, mode=0o600)
+    queue = posix_ipc.MessageQueue(_mqueue.path_of("1.1.1"), posix_ipc.O_CREX, mode=0o600)
     try:
         with pytest.raises(errors.AccessDenied, match="somebody else"):
-            mq._open(None, "1.1.1")
+            _mqueue.open_queue(None, _mqueue.path_of("1.1.1"))
     finally:
         queue.close()
         queue.unlink()

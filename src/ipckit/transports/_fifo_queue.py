@@ -1,7 +1,7 @@
 """`fifo://name` as a queue: one FIFO, many senders, many receivers.
 
-The FIFO is in packet mode (O_DIRECT, Linux): what one `write` of up to PIPE_BUF bytes put in, one `read` takes out, whole, whoever
-else reads and writes. So nobody needs a lock, and nobody who is killed leaves half of anything.
+The FIFO is in packet mode (O_DIRECT, Linux): what one `write` of up to PIPE_BUF bytes put in, one `read` takes out, whole,
+whoever else reads and writes. So nobody needs a lock, and nobody who is killed leaves half of anything.
 
 A FIFO holds messages as long as somebody has it open. The last one to close puts what is left into a hand; the last one
 that is killed takes it along, which is why this is not `decoupled`.

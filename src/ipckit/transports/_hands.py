@@ -1,8 +1,8 @@
 """Where a message is while a receiver works on it: in a file, so that `kill -9` leaves it there and somebody else finds it.
 
 The kernel forgets a message in the instant in which it is received. So it is received *into* a file: each receiver maps its
-`hand`, and the kernel's copy lands in a free slot of it. Who dies or closes with something in hand leaves the file behind, without
-the `flock` that said it was held; whoever finds it takes it over, messages and all. An acknowledgement is one byte, zero.
+`hand`, and the kernel's copy lands in a free slot of it. Who dies or closes with something in hand leaves the file behind,
+without the `flock` that said it was held; whoever finds it takes it over, messages and all. To acknowledge is to write one zero.
 
     NAME.d/        0700, of one queue
       lock         everybody holds it shared; who gets it alone is the first or the last one here
@@ -148,9 +148,8 @@ def enter(url: Url, path: Path) -> Steps[Place]:
             continue  # removed between two lines of ours
         try:
             alone = _try_lock(lock, fcntl.LOCK_EX)
-            if alone or _try_lock(lock, fcntl.LOCK_SH):
-                if _is_at(lock, path / "lock"):
-                    return Place(path, lock, alone)
+            if (alone or _try_lock(lock, fcntl.LOCK_SH)) and _is_at(lock, path / "lock"):
+                return Place(path, lock, alone)
             os.close(lock)
         except BaseException:
             os.close(lock)
@@ -357,13 +356,15 @@ def adopt(place: Place, name: str) -> Sheaf | None:
     fd = -1
     try:
         if not _try_lock(lock, fcntl.LOCK_EX) or not _is_at(lock, path):
-            return _dropped(lock)
+            os.close(lock)
+            return None
         magic, version, _, _, stride = _FILE.unpack(os.pread(lock, _FILE.size, 0).ljust(_FILE.size, b"\0"))
         whole = (magic, version) == (MAGIC, VERSION) and stride > _SLOT.size + wire.HEAD.size
         taken = _taken(lock, stride) if whole else []  # else its maker died before it had a slot
         if not taken:
             place.remove(name)
-            return _dropped(lock)
+            os.close(lock)
+            return None
         fd = os.open(path, os.O_RDWR | _FLAGS)
         if name.endswith(".body"):
             name = f"{name.removesuffix('.body')}.hand"
@@ -371,16 +372,13 @@ def adopt(place: Place, name: str) -> Sheaf | None:
                 os.rename(path, place.path / name)
         return Sheaf(place, name, lock, fd, taken, stride)
     except FileNotFoundError:  # a sweep renamed it under our hands: found again by its new name
-        return _dropped(lock)
+        os.close(lock)
+        return None
     except BaseException:
         if fd >= 0:
             os.close(fd)
         os.close(lock)
         raise
-
-
-def _dropped(lock: int) -> None:
-    os.close(lock)
 
 
 def _taken(fd: int, stride: int) -> list[int]:

@@ -264,18 +264,21 @@ class KernelIntake:
         if self._closed:
             raise errors.Closed("this endpoint is closed", url=self._url)
 
+    def _holders(self) -> tuple[Hand | Sheaf, ...]:
+        return self._hand, *self._sheaves
+
     def close(self) -> None:
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._watch.close()
-                for holder in (self._hand, *self._sheaves):
+                for holder in self._holders():
                     holder.close()
                 _leave(self._place, self._kernel)
 
     def abandon(self) -> None:
         self._watch.close()
-        for holder in (self._hand, *self._sheaves):
+        for holder in self._holders():
             holder.abandon()
         self._kernel.close()
         self._place.leave()

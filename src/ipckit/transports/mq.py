@@ -136,7 +136,6 @@ class _Post:
         lifeline = -1
         try:
             lifeline = os.open(record, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-            for messages, size in sizes:
             return _MqInbox(make(self.url, path_of(name), *sizes), record, lifeline)
         except BaseException:
             if lifeline >= 0:

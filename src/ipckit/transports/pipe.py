@@ -48,7 +48,8 @@ class Options(StreamOptions):
 
 class PipeTransport(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "queue", "pubsub"}),
+        headers=True,
         listen=False,
         pair=True,
         fileno=True,

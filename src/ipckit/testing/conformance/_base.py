@@ -183,6 +183,18 @@ class Contract:
 
     # -- what contracts do often -----------------------------------------------------------------------------------
 
+    @classmethod
+    def hand_one(cls, here: Local, others: list[Party], url: str) -> tuple[End, End] | None:
+        """Where there are no names: our end of a pair, and theirs, for a queue or topics to take over. Else None."""
+        if ipckit.capabilities(url).listen:
+            return None
+        cls.needs(len(others) == 1, "listen")
+        ours, theirs = here.pair(url)
+        adopted = others[0].adopt(theirs.handle).result(HANG)
+        if adopted.handle is not theirs.handle:
+            theirs.close()  # it has passed to another process
+        return ours, adopted
+
     @staticmethod
     def meet(here: Local, there: Party, url: str, capabilities: Capabilities, **named: Any) -> Meeting:
         """A channel between two parties: we listen and they connect, or they are given one end of a pair."""

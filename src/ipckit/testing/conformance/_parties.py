@@ -197,7 +197,9 @@ def _is_endpoint(value: object) -> bool:
 class Party(Protocol):
     """Somebody who opens endpoints and uses them."""
 
-    def open(self, verb: str, url: str, **named: Any) -> Future[End]: ...
+    def open(self, verb: str, url: str | End, **named: Any) -> Future[End]:
+        """`url`: or a channel of this party, whose link the new endpoint takes over."""
+
     def accept(self, listener: End, timeout: float) -> Future[End]: ...
     def verb(self, end: End, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Future[Any]: ...
     def run(self, program: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
@@ -246,8 +248,9 @@ class Local:
         self.shell = shell
         self.ends: list[End] = []
 
-    def open(self, verb: str, url: str, **named: Any) -> Future[End]:
-        return _then(self.shell.verb(self.shell.api, verb, (url,), named), self._end)
+    def open(self, verb: str, url: str | End, **named: Any) -> Future[End]:
+        where = url.handle if isinstance(url, End) else url
+        return _then(self.shell.verb(self.shell.api, verb, (where,), named), self._end)
 
     def pair(self, url: str) -> tuple[End, End]:
         left, right = self.shell.verb(self.shell.api, "pair", (url,), {}).result(HANG)

@@ -130,8 +130,8 @@ class Remote:
         self._ask(operation, *args).add_done_callback(done)
         return after
 
-    def open(self, verb: str, url: str, **named: Any) -> Future[End]:
-        return self._ask_end("open", verb, url, named)
+    def open(self, verb: str, url: str | End, **named: Any) -> Future[End]:
+        return self._ask_end("open", verb, url.handle if isinstance(url, End) else url, named)
 
     def accept(self, listener: End, timeout: float) -> Future[End]:
         return self._ask_end("accept", listener.handle, timeout)
@@ -218,7 +218,7 @@ def main(pipe: Connection, diary: str) -> None:
     def start(party: Local, operation: str, args: tuple[Any, ...]) -> Future[Any]:
         match operation, args:
             case "open", (verb, url, named):
-                return party.open(verb, url, **named)
+                return party.open(verb, *resolve((url,)), **named)
             case "accept", (handle, timeout):
                 return party.accept(endpoints[handle], timeout)
             case "adopt", (channel,):
