@@ -308,7 +308,9 @@ class _BaseChannel(Endpoint, Generic[T]):
         if self._gate.foreign and not isinstance(self._link, Giving):
             self._gate.refuse_foreign(operation)
         self._gate.surrender(f"this channel's link was taken over by {operation}()", operation)
-        self._fused = _Driven(self._frames, self._tx, self._rx)  # which asks at the gate; a native link's own verbs do not
+        self._fused = _Driven(
+            self._frames, self._tx, self._rx
+        )  # which asks at the gate; a native link's own verbs do not
         for verb in _FUSED:
             self.__dict__.pop(verb, None)
         self._forget()

@@ -287,7 +287,12 @@ class AsyncSubscriber(_BaseSubscriber[T]):
 
 class _TopicOpening(Opening):
     def __init__(
-        self, url: str | Url | Yielding, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
+        self,
+        url: str | Url | Yielding,
+        codec: str | Codec[Any] | None,
+        type: Any,
+        require: Collection[str],
+        operation: str,
     ) -> None:
         super().__init__(url, codec, type, require, "pubsub", operation)
         self._operation = operation

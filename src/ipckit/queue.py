@@ -325,7 +325,12 @@ class AsyncReceiver(_BaseReceiver[T]):
 
 class _QueueOpening(Opening):
     def __init__(
-        self, url: str | Url | Yielding, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
+        self,
+        url: str | Url | Yielding,
+        codec: str | Codec[Any] | None,
+        type: Any,
+        require: Collection[str],
+        operation: str,
     ) -> None:
         super().__init__(url, codec, type, require, "queue", operation)
         if isinstance(self.transport, Queues) and self.transport.serves(self.url) and self.end is None:

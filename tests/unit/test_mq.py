@@ -132,7 +132,7 @@ import os, resource, tempfile, threading
 import posix_ipc
 import ipckit
 from ipckit import errors
-from ipckit.transports import _mqueue
+from ipckit.transports import _mqueue, mq
 if os.geteuid() == 0:
     os.setuid(50000 + os.getpid() % 10000)  # the budget is a user's, and this one has nobody else's queues
 directory = tempfile.TemporaryDirectory()

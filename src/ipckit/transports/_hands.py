@@ -202,7 +202,12 @@ class Watch:
             if found is not None:
                 yield found
             self._suspects[name] += 1
-            if found is not None or name == own or self._suspects[name] > _TRIES or not (self._place.path / name).exists():
+            if (
+                found is not None
+                or name == own
+                or self._suspects[name] > _TRIES
+                or not (self._place.path / name).exists()
+            ):
                 del self._suspects[name]  # its next holder's end will be heard as well
 
     def wait(self) -> Wait:

@@ -78,7 +78,10 @@ class KernelOutlet:
         size = len(parcel.body)
         if size > self._limit:
             raise errors.MessageTooLarge(
-                f"{size} bytes, and {self._limit} is the limit", url=self._url, operation="send", hint="limit= raises it"
+                f"{size} bytes, and {self._limit} is the limit",
+                url=self._url,
+                operation="send",
+                hint="limit= raises it",
             )
         record = wire.message(parcel)
         with self._lock:

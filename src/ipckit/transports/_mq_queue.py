@@ -96,7 +96,9 @@ def _open(url: Url, options: MqOptions, directory: Path) -> tuple[MqKernel, bool
                 if asked is not None and asked != there:
                     queue.close()
                     raise errors.BadOption(
-                        f"the queue is there, with {name}={there}", url=url, hint=f"leave {name}= out, or empty it first"
+                        f"the queue is there, with {name}={there}",
+                        url=url,
+                        hint=f"leave {name}= out, or empty it first",
                     )
             return MqKernel(queue, path), False
         try:

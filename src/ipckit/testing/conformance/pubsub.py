@@ -83,7 +83,9 @@ class PubSubContract(Contract):
         for topic in ("eu.*", ">", "a..b", ".a", "with space"):
             raises(errors.BadOption, lambda topic=topic: publisher.call("publish", b"x", topic, 5))  # type: ignore[misc]
         for topics in ([], "eu.*", ["a.>.b"], ["a*"]):
-            opening = neighbour.open("subscriber", publisher.url, topics=topics, timeout=5)  # told before anything is opened
+            opening = neighbour.open(
+                "subscriber", publisher.url, topics=topics, timeout=5
+            )  # told before anything is opened
             raises(errors.BadOption, lambda opening=opening: opening.result(HANG))  # type: ignore[misc]
 
     def test_groups(self, here: Local, there: Party, neighbour: Local, url: str, capabilities: Capabilities) -> None:
