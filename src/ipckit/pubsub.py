@@ -377,7 +377,8 @@ def publisher(
     """Open the publishing side.
 
     Args:
-        url: where. On transports without a broker the publisher has the name.
+        url: where; or a Channel, whose link is taken over (see `ipckit.sender`). On transports without a broker the publisher
+            has the name.
         on_full: what a subscriber that does not keep up costs: "block" holds the publisher, "drop_old" and "drop_new" drop
             for that subscriber and count it, "error" raises QueueFull.
         retain: how many last messages of each topic a late subscriber is given first, where there is no log to replay.
@@ -431,7 +432,7 @@ def subscriber(
     """Open the subscribing side.
 
     Args:
-        url: where.
+        url: where; or a Channel, whose link is taken over (see `ipckit.sender`).
         topics: patterns; `*` is one level, `>` the rest. A message without a topic goes to those who asked for ">".
         group: subscribers of one group share the messages; None: each gets them all.
         timeout: seconds to reach the publisher or broker; None waits.

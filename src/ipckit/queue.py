@@ -398,7 +398,8 @@ def sender(
     """Open the sending side of a queue.
 
     Args:
-        url: where.
+        url: where; or a Channel, such as one end of `ipckit.pair("pipe://")`: its link is taken over, the other end's party does
+            the same, and the channel itself is closed. When the link ends, so does the queue: PeerClosed, PeerDied.
         listen: on transports without a place of their own for messages (unix, tcp, shm, ...), which side has the name: one
             sender that listens feeds many receivers, one receiver that listens is fed by many senders. Others have no sides.
         timeout: seconds to reach what must be there; None waits.
@@ -455,7 +456,8 @@ def receiver(
     """Open the receiving side of a queue.
 
     Args:
-        url: where.
+        url: where; or a Channel, such as one end of `ipckit.pair("pipe://")`: its link is taken over, the other end's party does
+            the same, and the channel itself is closed. When the link ends, so does the queue: PeerClosed, PeerDied.
         group: receivers of one group share the messages; each group gets them all (capability `consumer_groups`).
         ack: "auto" acknowledges a message when the next one is asked for; "manual" leaves it to `Message.ack`.
         listen: see `sender`; by default receivers have the name.

@@ -1,5 +1,6 @@
 """What is particular to queues that the kernel keeps: files of the dead, priorities, large messages, what is left behind."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -190,6 +191,45 @@ def test_another_shape_is_an_error_and_no_change():
     pytest.importorskip("posix_ipc")
     with ipckit.sender("mq://q?depth=5&frame=4096"), pytest.raises(errors.BadOption, match="depth=5"):
         ipckit.receiver("mq://q?depth=6")
+
+
+def test_empty_queues_of_the_dead_make_room(home, monkeypatch):
+    """The user's budget is used up: what nobody has open and nothing is in goes first; what holds messages stays."""
+    pytest.importorskip("posix_ipc")
+    from ipckit.transports import _mq_queue
+
+    code = "import os, sys, ipckit; s = ipckit.sender(sys.argv[1]); len(sys.argv) > 2 and s.send(b'x'); os.kill(os.getpid(), 9)"
+    for arguments in (["mq://empty"], ["mq://full", "send"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], timeout=30, check=False)
+    real = _mq_queue.make
+
+    def make(url, *rest):
+        if (home / "empty.mq.d").exists():
+            raise errors.ResourceLimit("no room", url=url)
+        return real(url, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_mq_queue, "make", make)
+        ipckit.sender("mq://new").close()
+    with ipckit.receiver("mq://full") as receiver:
+        assert receiver.recv(1).value == b"x"
+
+
+def test_a_full_disk_loses_nothing(scheme, monkeypatch):
+    with ipckit.sender(f"{scheme}://q") as sender, ipckit.receiver(f"{scheme}://q") as receiver:
+        sender.send(b"here")
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(errors.ResourceLimit):
+                receiver.recv(1)
+            patch.setattr(os, "write", full)
+            with pytest.raises(errors.ResourceLimit):
+                sender.send(bytes(20_000))
+        assert receiver.recv(1).value == b"here"
 
 
 def test_modes(scheme, place):

@@ -24,6 +24,7 @@ from .._url import Url
 from ..message import Parcel, Verdict
 from . import _kernelwire as wire
 from ._hands import Hand, Place, Sheaf, Watch, adopt
+from ._oserror import map_oserror
 
 _log = logging.getLogger("ipckit")
 _GLANCE = 64  # messages after which we look for orphans though there is more
@@ -54,6 +55,11 @@ def _leave(place: Place, kernel: Kernel) -> None:
     finally:
         kernel.close()
         place.leave()
+
+
+def _mapped(error: OSError, url: Url, operation: str) -> BaseException:
+    """The one place where an OSError becomes ours: a disk that is full, a limit. Nothing was taken out of the kernel then."""
+    return error if isinstance(error, errors.IpcError) else map_oserror(error, url, operation)
 
 
 class KernelOutlet:
@@ -87,10 +93,13 @@ class KernelOutlet:
         with self._lock:
             if self._closed:
                 raise errors.Closed("this endpoint is closed", url=self._url)
-            if len(record) <= self._kernel.frame:
-                taken = self._kernel.put(record, parcel.priority)
-            else:
-                taken = self._put_elsewhere(record, parcel.priority)
+            try:
+                if len(record) <= self._kernel.frame:
+                    taken = self._kernel.put(record, parcel.priority)
+                else:
+                    taken = self._put_elsewhere(record, parcel.priority)
+            except OSError as error:
+                raise _mapped(error, self._url, "send") from error
             if taken:
                 self._sent += 1
                 self._bytes += size
@@ -155,20 +164,28 @@ class KernelIntake:
     def try_get(self) -> Parcel | None:
         with self._lock:
             self._check()
-            self._since_glance += 1
-            if self._since_glance >= _GLANCE:
+            try:
+                parcel = self._next()
+            except OSError as error:
+                raise _mapped(error, self._url, "recv") from error
+            if parcel is not None:
+                self._received += 1
+                self._bytes += len(parcel.body)
+                self._redelivered += bool(parcel.redelivered)
+            return parcel
+
+    def _next(self) -> Parcel | None:
+        self._since_glance += 1
+        if self._since_glance >= _GLANCE:
+            self._look()
+        while True:
+            parcel = self._old() if self._again else self._new()
+            if parcel is not None:
+                return parcel
+            if not self._again:
                 self._look()
-            while True:
-                parcel = self._old() if self._again else self._new()
-                if parcel is None and not self._again:
-                    self._look()
-                    if not self._again:
-                        return None
-                if parcel is not None:
-                    self._received += 1
-                    self._bytes += len(parcel.body)
-                    self._redelivered += bool(parcel.redelivered)
-                    return parcel
+                if not self._again:
+                    return None
 
     def _new(self) -> Parcel | None:
         """The next one of the kernel's; None if there is none, or it is elsewhere and `_again` has it now."""
@@ -241,7 +258,10 @@ class KernelIntake:
             holder, number = parcel.token
             if verdict is Verdict.NACK:
                 due = time.time_ns() + int(delay * 1e9)
-                self._place.write(wire.message(parcel), parcel.redelivered + 1, due, ".hand")
+                try:
+                    self._place.write(wire.message(parcel), parcel.redelivered + 1, due, ".hand")
+                except OSError as error:
+                    raise _mapped(error, self._url, "nack") from error
             parcel.token = None
             self._settle(holder, number)
             return True

@@ -89,7 +89,7 @@ def read(record: bytes) -> Parcel | str:
 def _read_headers(packed: bytes) -> Mapping[str, str]:
     try:
         return check_headers(_headers.decode(packed))
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # bad UTF-8 in a key is no MsgspecError
         raise errors.ProtocolError("headers that are none") from error
     except errors.BadOption as error:
         raise errors.ProtocolError(error.message) from error
