@@ -296,8 +296,12 @@ class _TopicOpening(Opening):
     ) -> None:
         super().__init__(url, codec, type, require, "pubsub", operation)
         self._operation = operation
-        if isinstance(self.transport, Topics) and self.transport.serves(self.url) and self.end is None:
-            self._options = _options.read(self.transport.topic_options, self.url)
+        transport = self.transport
+        self._native = (
+            transport if isinstance(transport, Topics) and self.end is None and transport.serves(self.url) else None
+        )
+        if self._native is not None:
+            self._options = _options.read(self._native.topic_options, self.url)
         else:
             from . import _linkhub
 
@@ -311,8 +315,8 @@ class _TopicOpening(Opening):
                 operation=self._operation,
             )
         terms = PublishTerms(on_full=on_full, retain=retain)
-        if isinstance(self.transport, Topics) and self.transport.serves(self.url) and self.end is None:
-            return self.transport.publisher(self.url, self._options, terms)
+        if self._native is not None:
+            return self._native.publisher(self.url, self._options, terms)
         from . import _linkhub
 
         if self.end is not None:
@@ -325,8 +329,8 @@ class _TopicOpening(Opening):
             raise errors.BadOption("topics must be a list of patterns", url=self.url, operation=self._operation)
         checked = tuple(check_topic(topic, self.url, pattern=True) for topic in topics)
         terms = TopicTerms(topics=checked, group=group)
-        if isinstance(self.transport, Topics) and self.transport.serves(self.url) and self.end is None:
-            return self.transport.subscriber(self.url, self._options, terms)
+        if self._native is not None:
+            return self._native.subscriber(self.url, self._options, terms)
         from . import _linkhub
 
         if self.end is not None:

@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 from . import _options, errors
 from ._endpoint import Endpoint, Opening, Yielding, confirm, confirm_in_time, located, put_many
-from ._spi import Draining, Intake, Outlet, QueueTerms, Queues, SidedQueues, Steps, Want
+from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, SidedQueues, Steps, Want
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -333,18 +333,22 @@ class _QueueOpening(Opening):
         operation: str,
     ) -> None:
         super().__init__(url, codec, type, require, "queue", operation)
-        if isinstance(self.transport, Queues) and self.transport.serves(self.url) and self.end is None:
-            self.options = _options.read(self.transport.queue_options, self.url)
+        transport = self.transport
+        self._native = (
+            transport if isinstance(transport, Queues) and self.end is None and transport.serves(self.url) else None
+        )
+        if self._native is not None:
+            self.options = _options.read(self._native.queue_options, self.url)
         else:
             from . import _linkqueue
 
             self.own, self.options = _options.read_both(_linkqueue.Options, self.transport.options, self.url)
 
     def sender(self, listen: bool) -> Steps[Outlet]:
-        if isinstance(self.transport, Queues) and self.transport.serves(self.url) and self.end is None:
-            if isinstance(self.transport, SidedQueues):
-                return self.transport.sender(self.url, self.options, listen)
-            return self.transport.sender(self.url, self.options)
+        if isinstance(self._native, SidedQueues):
+            return self._native.sender(self.url, self.options, listen)
+        if self._native is not None:
+            return self._native.sender(self.url, self.options)
         from . import _linkqueue
 
         if self.end is not None:
@@ -352,10 +356,10 @@ class _QueueOpening(Opening):
         return _linkqueue.sender(self.transport, self.url, self.options, self.own, listen)
 
     def receiver(self, listen: bool, terms: QueueTerms) -> Steps[Intake]:
-        if isinstance(self.transport, Queues) and self.transport.serves(self.url) and self.end is None:
-            if isinstance(self.transport, SidedQueues):
-                return self.transport.receiver(self.url, self.options, terms, listen)
-            return self.transport.receiver(self.url, self.options, terms)
+        if isinstance(self._native, SidedQueues):
+            return self._native.receiver(self.url, self.options, terms, listen)
+        if self._native is not None:
+            return self._native.receiver(self.url, self.options, terms)
         from . import _linkqueue
 
         if self.end is not None:
