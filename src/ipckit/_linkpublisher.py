@@ -24,32 +24,12 @@ from ._linkcrowd import Crowd, Member
 from ._linkkeeper import LINGER, keeper
 from ._spi import Link, Listener, PublishTerms, Wait, Want
 from ._url import Url
-from .message import Parcel
+from .message import Parcel, compiled
 
 _log = logging.getLogger("ipckit")
 _MOST_BYTES = 64 << 20  # in one subscriber's queue; one message may always be
 _PATTERNS = 1000
 _TOPICS = 4096  # of which it is remembered who gets them
-
-
-def compiled(pattern: str) -> Callable[[str], bool]:
-    """`pubsub.matches` with its pattern read beforehand."""
-    levels = pattern.split(".")
-    rest = levels[-1] == ">"
-    if rest:
-        del levels[-1]
-    fixed = [(i, level) for i, level in enumerate(levels) if level != "*"]
-    count = len(levels)
-    if not count:
-        return lambda topic: True
-
-    def matches(topic: str) -> bool:
-        found = topic.split(".") if topic else []
-        if len(found) < count or (len(found) > count and not rest):
-            return False
-        return all(found[i] == level for i, level in fixed)
-
-    return matches
 
 
 class Reader(Member):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import errors
 from .message import Parcel, check_headers, check_id
@@ -33,6 +33,7 @@ _nack = struct.Struct(">BQI")
 _u16 = struct.Struct(">H")
 _u32 = struct.Struct(">I")
 _PLAIN = bytes((MESSAGE, 0))
+_IDENTIFIED = bytes((MESSAGE, _ID | _TOPIC))  # what nearly every message of a topic begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,13 @@ def message(parcel: Parcel) -> bytes:
     if not flags:
         return _PLAIN + parcel.body
     return b"".join((bytes((MESSAGE, flags)), *fields, parcel.body))
+
+
+def prefix(parcel: Parcel) -> bytes:
+    """All of `message` but the body, for a transport that keeps the two apart."""
+    if parcel.headers or parcel.redelivered or (short := _short(parcel.id)) is None:
+        return message(replace(parcel, body=b""))
+    return b"".join((_IDENTIFIED, short, _text(parcel.topic)))
 
 
 def with_gap(frame: bytes, gap: int) -> bytes:
@@ -159,6 +167,22 @@ def read_message(frame: bytes) -> Parcel:
     parcel = Parcel(reader.rest(), id, topic=topic, redelivered=again, gap=gap)
     if headers:
         parcel.headers = headers
+    return parcel
+
+
+def read_prefix(prefix: bytes, body: bytes) -> Parcel:
+    """The message that `prefix` and `body` make."""
+    if prefix.startswith(_IDENTIFIED) and len(prefix) >= 20 and len(prefix) == 20 + _u16.unpack_from(prefix, 18)[0]:
+        try:
+            return Parcel(body, prefix[2:18].hex(), topic=prefix[20:].decode())
+        except UnicodeDecodeError as error:
+            raise errors.ProtocolError("text that is not UTF-8") from error
+    if kind_of(prefix) != MESSAGE:
+        raise unexpected(prefix)
+    parcel = read_message(prefix)
+    if parcel.body:
+        raise errors.ProtocolError("a prefix that is too long")
+    parcel.body = body
     return parcel
 
 

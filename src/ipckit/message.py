@@ -112,6 +112,26 @@ def matches(pattern: str, topic: str) -> bool:
     return len(wanted) == len(levels)
 
 
+def compiled(pattern: str) -> Callable[[str], bool]:
+    """`matches` with its pattern read beforehand."""
+    levels = pattern.split(".")
+    rest = levels[-1] == ">"
+    if rest:
+        del levels[-1]
+    fixed = [(i, level) for i, level in enumerate(levels) if level != "*"]
+    count = len(levels)
+    if not count:
+        return lambda topic: True
+
+    def matches(topic: str) -> bool:
+        found = topic.split(".") if topic else []
+        if len(found) < count or (len(found) > count and not rest):
+            return False
+        return all(found[i] == level for i, level in fixed)
+
+    return matches
+
+
 class _Base(Generic[T]):
     __slots__ = ("_parcel", "_settle", "value")
 

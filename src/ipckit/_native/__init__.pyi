@@ -114,6 +114,49 @@ class RingLink:
 def ring_create(capacity: int) -> int:
     """A sealed memfd (CLOEXEC) holding two rings of `capacity` bytes each, formatted and allocated. Raises OSError."""
 
+class CastOut:
+    """The publishing side of topics in shared memory: an arena of payloads, and a queue of references for each subscriber.
+
+    Never waits. Calls must be serialised; large copies let go of the GIL meanwhile.
+    """
+
+    def __init__(self, size: int, backlog: int, policy: int) -> None:
+        """`size`: bytes of payloads, a power of two. `policy`: 0 block, 1 drop_old, 2 drop_new, 3 error. Raises OSError."""
+    def memory(self) -> int:
+        """The arena's descriptor, to be passed on. It stays ours."""
+    def admit(self, slots: int, bell: int, /) -> tuple[int, int]:
+        """Room for one more subscriber: its slot, and the descriptor of its queue, which is the caller's. Raises OSError."""
+    def remove(self, slot: int, /) -> None: ...
+    def put(self, slots: bytes, prefix: bytes, body: Buffer, force: bool = False, /) -> int:
+        """Give one message to those slots (u32 in native order): 0 done, 1 no room now (block), 2 somebody is full (error).
+
+        `force`: past the backlog; what finds no room is dropped, and counted. Raises OSError when the system has no memory.
+        """
+    def skip(self, slot: int, /) -> None:
+        """This one is not given the message: one more is missing there."""
+    def want_room(self) -> None:
+        """Announce that we are about to wait for room: a subscriber that takes a message rings its room bell."""
+    def keeps_up(self, slot: int, /) -> bool:
+        """Its queue is below the backlog."""
+    def counts(self) -> tuple[int, int]:
+        """References queued now, messages dropped since it was opened."""
+    def broken(self) -> list[int]:
+        """Slots whose subscriber wrote what cannot be. They are given nothing any more; remove them."""
+    def close(self, goodbye: bool = True, /) -> None: ...
+
+class CastIn:
+    """The subscribing side of topics in shared memory. Maps the payloads read-only. Never waits; calls must be serialised."""
+
+    def __init__(self, arena: int, queue: int, control: int, data_bell: int, room_bell: int, limit: int) -> None:
+        """Descriptors stay the caller's, and must stay open (but for arena and queue). Raises ValueError: what is wrong with them."""
+    def try_take(self) -> tuple[int, bytes, bytes] | int | None:
+        """(how many were dropped before it, prefix, body); None: nothing there; GOODBYE or ENDED. Raises ValueError: broken."""
+    def arm(self) -> None:
+        """Announce that we are about to sleep until `data_bell` or `control` is readable."""
+    def trailing(self) -> int:
+        """After GOODBYE: how many were dropped at the end."""
+    def close(self) -> None: ...
+
 def floor(mechanism: str, size: int, rounds: int, cpus: tuple[int, int]) -> list[int]:
     """Round-trip times in ns of the bare mechanism in C, between two pinned processes; see floor.h for the names."""
 

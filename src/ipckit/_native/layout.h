@@ -68,6 +68,66 @@ struct record_header {
     uint32_t kind;
 };
 
+/* -- topics: one arena of payloads for all, one queue of references for each subscriber ------------------------------
+ *
+ *   arena            0        8       12       16       24            P
+ *                    | magic  |version | header |  size  | ...         | size bytes: messages, each in one piece
+ *                    |"ipccast"|  u32  |  bytes |  u64   |
+ *
+ *   queue            0        8       12       16       24
+ *                    | magic  |version | header | slots  | ...
+ *                    |"ipcqueu"|  u32  |  bytes |  u64   |
+ *     128            | tail u64 | offered u64 | closed u64 | room_wanted u64 |   the publisher's line
+ *     256            | head u64 |                                            both of them move it, each by compare and swap
+ *     384            | reader_sleeps u64 |                                   the subscriber's line
+ *       P            slots entries of 32 bytes
+ *
+ *   entry            | serial u64 | offset u64 | length u64 | prefix u64 |
+ *
+ *   tail and head count entries since the beginning; the place of an entry is its count modulo slots. A message is `length` bytes
+ *   of the arena: `prefix` bytes that say what it is, and the body. `serial` counts what was meant for this subscriber, dropped or
+ *   not, so that the step from one entry to the next says how many are missing between them. */
+
+#define ARENA_MAGIC UINT64_C(0x0074736163637069) /* "ipccast\0" */
+#define QUEUE_MAGIC UINT64_C(0x0075657571637069) /* "ipcqueu\0" */
+#define CAST_VERSION 1
+#define ARENA_MIN (UINT64_C(1) << 16)
+#define ARENA_MAX (UINT64_C(1) << 30)
+#define QUEUE_MAX_SLOTS (UINT64_C(1) << 26)
+
+struct arena_header {
+    uint64_t magic;
+    uint32_t version;
+    uint32_t header_bytes; /* P */
+    uint64_t size;         /* a power of two */
+};
+
+struct queue_header {
+    uint64_t magic;
+    uint32_t version;
+    uint32_t header_bytes; /* P */
+    uint64_t slots;        /* a power of two */
+    alignas(RING_LINE) _Atomic uint64_t tail; /* entries offered */
+    _Atomic uint64_t offered;                 /* messages meant for this subscriber, those that were dropped included */
+    _Atomic uint64_t closed;                  /* 1: the publisher closed in order; nothing follows the tail */
+    _Atomic uint64_t room_wanted;             /* 1: ring the room bell when an entry is taken */
+    alignas(RING_LINE) _Atomic uint64_t head; /* entries taken by the subscriber, or taken back by the publisher */
+    alignas(RING_LINE) _Atomic uint64_t reader_sleeps; /* 1: ring the data bell at the next entry */
+};
+
+/* Words, because the publisher may fill an entry again while a subscriber that has lost it still looks. */
+struct queue_entry {
+    _Atomic uint64_t serial, offset, length, prefix;
+};
+
+static_assert(offsetof(struct arena_header, size) == 16, "layout");
+static_assert(offsetof(struct queue_header, tail) == 128, "layout");
+static_assert(offsetof(struct queue_header, room_wanted) == 152, "layout");
+static_assert(offsetof(struct queue_header, head) == 256, "layout");
+static_assert(offsetof(struct queue_header, reader_sleeps) == 384, "layout");
+static_assert(sizeof(struct queue_header) == 512, "layout");
+static_assert(sizeof(struct queue_entry) == 32, "layout");
+
 static_assert(sizeof(_Atomic uint64_t) == 8 && ATOMIC_LLONG_LOCK_FREE == 2, "counters need lock-free 64-bit atomics");
 static_assert(offsetof(struct ring_header, capacity) == 16, "layout");
 static_assert(offsetof(struct ring_header, ring) == 256, "layout");

@@ -121,7 +121,8 @@ static int core_exec(PyObject *module)
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)
             return -1;
-    if (add_stream_type(module) < 0 || add_ring_type(module) < 0 || add_kernel_calls(module) < 0)
+    if (add_stream_type(module) < 0 || add_ring_type(module) < 0 || add_kernel_calls(module) < 0 ||
+        add_broadcast_types(module) < 0)
         return -1;
     return 0;
 }

@@ -1,7 +1,7 @@
 /* module.h — what the glue between C and Python shares.
  *
  * Three layers, and the includes show them:
- *   layout.h ring.[ch] stream.[ch] floor.[ch]   plain C11, no Python; tests/native builds them under the sanitizers
+ *   layout.h ring.[ch] broadcast.[ch] stream.[ch] floor.[ch]   plain C11, no Python; tests/native builds them under the sanitizers
  *   glue.c py_ring.c py_stream.c                Python objects over them; the only files, with module.c, that include this header
  *   module.c                                    the module: constants, types, functions
  *
@@ -117,5 +117,6 @@ PyObject *endpoint_counters(struct endpoint *end);
 int add_stream_type(PyObject *module);
 int add_ring_type(PyObject *module); /* and ring_create */
 int add_kernel_calls(PyObject *module);
+int add_broadcast_types(PyObject *module);
 
 #endif

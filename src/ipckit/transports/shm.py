@@ -36,7 +36,7 @@ from .. import _native as native_core
 from .. import _options, errors
 from .._capabilities import Capabilities
 from .._options import option
-from .._spi import Link, Listener, Peer, Steps, Transport, Wait, Want
+from .._spi import Intake, Link, Listener, Peer, Publishing, PublishTerms, Steps, TopicTerms, Topics, Transport, Wait, Want
 from .._url import Url
 from . import _unixsock
 from ._accept import Acceptor
@@ -44,6 +44,7 @@ from ._death import fate_of
 from ._native import Ended, make_fail
 from ._oserror import SCARCE, map_oserror
 from ._runtime import path_for
+from ._shm_topics import TopicOptions
 from ._stream import forked
 
 _log = logging.getLogger("ipckit")
@@ -83,11 +84,12 @@ class Rings:
     side: int  # sends on ring 0 (the listener) or on ring 1
 
 
-class ShmTransport(Transport[Options]):
+class ShmTransport(Transport[Options], Topics[TopicOptions]):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         headers=True,
         redelivery=True,
+        native_topics=True,
         pair=True,
         zero_copy=True,
         peer_credentials=True,
@@ -97,6 +99,7 @@ class ShmTransport(Transport[Options]):
         use_case="the lowest latency and the highest throughput on one machine; large arrays without a copy",
     )
     options: ClassVar[type[Any]] = Options
+    topic_options: ClassVar[type[Any]] = TopicOptions
 
     def listen(self, url: Url, options: Options) -> Steps[Listener]:
         sock, name = _unixsock.bind(url, path_for(url, ".shm"), _KIND)
@@ -138,6 +141,16 @@ class ShmTransport(Transport[Options]):
                 if isinstance(error, errors.IpcError):
                     raise
                 raise map_oserror(error, url, "pair") from error
+
+    def publisher(self, url: Url, options: TopicOptions, terms: PublishTerms) -> Steps[Publishing]:
+        from . import _shm_publisher  # who has channels only does not pay for it
+
+        return _shm_publisher.publisher(url, options, terms)
+
+    def subscriber(self, url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Intake]:
+        from . import _shm_subscriber
+
+        return _shm_subscriber.subscriber(url, options, terms)
 
 
 class _Descriptors:
