@@ -129,6 +129,7 @@ class CastOut:
     def remove(self, slot: int, /) -> None: ...
     def put(self, slots: bytes, prefix: bytes, body: Buffer, force: bool = False, /) -> int:
         """Give one message to those slots (u32 in native order): 0 done, 1 no room now (block), 2 somebody is full (error).
+        4 more: somebody is `broken`.
 
         `force`: past the backlog; what finds no room is dropped, and counted. Raises OSError when the system has no memory.
         """

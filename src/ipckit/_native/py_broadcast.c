@@ -8,6 +8,7 @@
 
 #include "broadcast.h"
 
+enum { FOUND_BROKEN = 4 }; /* added to what put() returns */
 enum { LARGE = 64 << 10 }; /* copying more than this is worth letting go of the GIL */
 
 typedef struct {
@@ -156,7 +157,7 @@ static PyObject *out_put(PyObject *object, PyObject *const *args, Py_ssize_t cou
         errno = failed ? failed : ENOMEM;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
-    return PyLong_FromLong(status);
+    return PyLong_FromLong(status + (self->cast.broken ? FOUND_BROKEN : 0));
 }
 
 static PyObject *out_skip(PyObject *object, PyObject *number)

@@ -38,7 +38,7 @@ from ._shm_topics import TopicOptions
 
 _log = logging.getLogger("ipckit")
 _POLICIES = {"block": 0, "drop_old": 1, "drop_new": 2, "error": 3}
-_DONE, _WAIT, _FULL = range(3)
+_WAIT, _FULL, _BROKEN = 1, 2, 4  # what CastOut.put returns
 _DOOR = "door"
 _PATIENCE = 5.0  # seconds for a greeting
 _HANDSHAKES = 32  # at once
@@ -145,6 +145,9 @@ class ShmPublisher:
                 done = self._cast.put(packed, prefix, parcel.body)
             except OSError as error:
                 raise map_oserror(error, self._url, "publish") from error
+            if done >= _BROKEN:
+                done -= _BROKEN
+                keeper.look()  # which dismisses them: here they are still among those chosen
             if done == _WAIT:
                 return False
             if done == _FULL:
