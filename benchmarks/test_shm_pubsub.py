@@ -1,4 +1,4 @@
-"""What a message costs the publisher of `shm://` topics, by the number of subscribers; and what a slow subscriber costs the others.
+"""What a message costs the publisher of `shm://` topics, by the number of subscribers; what a slow one costs the others.
 
 The cost is the publishing thread's own processor time: with more subscribers than cores, wall-clock time would tell what
 the subscribers cost. `burst` publishes without a pause, so that subscribers sleep seldom; `paced` lets everybody fall asleep
@@ -142,7 +142,9 @@ def main() -> None:
             found = slow_subscriber(count, pauses)
             for pause, rate, dropped in zip(pauses, found["rates"], found["dropped"], strict=True):
                 print(f"{'slow' if pause else 'fast'}: {rate:,.0f} messages/s received, {dropped:,} dropped")
-            print(f"{len(pauses)} subscribers: resident memory of the publisher grew by {found['growth']:.1%}; counts exact")
+            print(
+                f"{len(pauses)} subscribers: resident memory of the publisher grew by {found['growth']:.1%}; counts exact"
+            )
 
 
 if __name__ == "__main__":

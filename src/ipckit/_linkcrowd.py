@@ -14,20 +14,19 @@ met by everybody at once. Nothing here waits or locks; the endpoint has the lock
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from . import errors
+from ._linkdialer import Dialer
 from ._linkwatch import GONE, Watch
-from ._spi import Abandoning, Link, Listener, Steps, Wait, Want
+from ._spi import Abandoning, Link, Listener, Wait, Want
 from ._url import Url
 
 _log = logging.getLogger("ipckit")
 _DOOR = "door"
-_FIRST_PAUSE, _LAST_PAUSE = 0.01, 2.0
 #: What a link may end with. `Closed`: it was closed under us, by a transport that gave it up.
 BROKEN = (errors.PeerError, errors.ProtocolError, errors.Closed)
 
@@ -48,46 +47,6 @@ class Member:
 
 
 M = TypeVar("M", bound=Member)
-
-
-class Dialer:
-    """Connects, again and again. `try_dial` is to be called when its wait is ready."""
-
-    def __init__(self, url: Url, dial: Callable[[], Steps[Link]]) -> None:
-        self._url, self._dial = url, dial
-        self._steps: Steps[Link] | None = None
-        self._pause = _FIRST_PAUSE
-        self._not_before = 0.0
-
-    def later(self, lived: float) -> None:
-        """The link ended after so many seconds."""
-        if lived > 5:
-            self._pause = _FIRST_PAUSE
-        self._not_before = time.monotonic() + self._pause * random.uniform(0.5, 1.5)
-        self._pause = min(self._pause * 2, _LAST_PAUSE)
-
-    def try_dial(self) -> Link | Wait:
-        left = self._not_before - time.monotonic()
-        if left > 0:
-            return Wait((), left)
-        try:
-            if self._steps is None:
-                self._steps = self._dial()
-            return next(self._steps)
-        except StopIteration as stop:
-            self._steps = None
-            link: Link = stop.value
-            return link
-        except (errors.AddressError, errors.PeerError, errors.ProtocolError, errors.AccessDenied) as error:
-            _log.warning("%s: cannot connect again: %s", self._url, error)
-            self._steps = None
-            self.later(0)
-            return Wait((), max(self._not_before - time.monotonic(), 0.0))
-
-    def close(self) -> None:
-        if self._steps is not None:
-            self._steps.close()
-            self._steps = None
 
 
 class OnlyLink:
@@ -111,7 +70,7 @@ class Crowd(Generic[M]):
     def __init__(
         self,
         url: Url,
-        door: Listener | Dialer,
+        door: Listener | Dialer[Link],
         hello: bytes,
         member: Callable[[Link], M],
         lost: Callable[[M, errors.IpcError], None],
@@ -128,7 +87,7 @@ class Crowd(Generic[M]):
         self.reconnects = 0
         self.refusal: errors.IpcError | None = None  # the other side of a side that connects does not want us
         self.over: errors.IpcError | None = None  # the only link ended: nobody is there any more, and nobody will be
-        self._door: Listener | Dialer | None = door
+        self._door: Listener | Dialer[Link] | None = door
         self._make, self._lost = member, lost
         self._hot: deque[M] = deque()
         self._tepid: deque[M] = deque()

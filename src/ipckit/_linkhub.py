@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ._linkcrowd import Dialer, OnlyLink
+from ._linkcrowd import OnlyLink
+from ._linkdialer import Dialer
 from ._linkpublisher import LinkPublisher
 from ._linksubscriber import LinkSubscriber
 from ._options import DEFAULT_LIMIT, LinkOptions, integer, option

@@ -14,7 +14,8 @@ from typing import Any
 
 from . import _linkwire as wire
 from . import errors
-from ._linkcrowd import Crowd, Dialer, Member
+from ._linkcrowd import Crowd, Member
+from ._linkdialer import Dialer
 from ._linkkeeper import keeper
 from ._spi import Link, Listener, Wait, Want
 from ._url import Url
@@ -67,7 +68,7 @@ class Ticket:
 class LinkIntake:
     """`Intake`, and `Tended` where it listens."""
 
-    def __init__(self, url: Url, door: Listener | Dialer, first: Link | None, window: int) -> None:
+    def __init__(self, url: Url, door: Listener | Dialer[Link], first: Link | None, window: int) -> None:
         self._lock = threading.Lock()
         self._url = url
         hello = wire.hello(wire.Hello(wire.RECEIVER, window=window))

@@ -24,7 +24,8 @@ from typing import Any
 
 from . import _linkwire as wire
 from . import errors
-from ._linkcrowd import Crowd, Dialer, Member
+from ._linkcrowd import Crowd, Member
+from ._linkdialer import Dialer
 from ._linkkeeper import keeper
 from ._spi import Link, Listener, Wait, Want
 from ._url import Url
@@ -54,7 +55,7 @@ class Taker(Member):
 class LinkOutlet:
     """`Outlet`, `Draining`, and `Tended` by the keeper."""
 
-    def __init__(self, url: Url, door: Listener | Dialer, first: Link | None) -> None:
+    def __init__(self, url: Url, door: Listener | Dialer[Link], first: Link | None) -> None:
         self._lock = threading.Lock()
         self._url = url
         hello = wire.hello(wire.Hello(wire.SENDER, session=os.urandom(16)))

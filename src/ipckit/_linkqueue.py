@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ._linkcrowd import Dialer, OnlyLink
+from ._linkcrowd import OnlyLink
+from ._linkdialer import Dialer
 from ._linkintake import LinkIntake
 from ._linkoutlet import LinkOutlet
 from ._linkwire import MAX_WINDOW

@@ -12,7 +12,8 @@ from typing import Any
 
 from . import _linkwire as wire
 from . import errors
-from ._linkcrowd import Crowd, Dialer, Member
+from ._linkcrowd import Crowd, Member
+from ._linkdialer import Dialer
 from ._spi import Link, Listener, Steps, TopicTerms, Wait, Want
 from ._url import Url
 from .message import UNKNOWN, Parcel, Verdict
@@ -21,7 +22,7 @@ from .message import UNKNOWN, Parcel, Verdict
 class LinkSubscriber:
     """`Intake`."""
 
-    def __init__(self, url: Url, door: Listener | Dialer, link: Link, terms: TopicTerms) -> None:
+    def __init__(self, url: Url, door: Listener | Dialer[Link], link: Link, terms: TopicTerms) -> None:
         self._lock = threading.Lock()
         self._url = url
         hello = wire.hello(wire.Hello(wire.SUBSCRIBER, topics=terms.topics, group=terms.group))

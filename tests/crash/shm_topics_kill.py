@@ -2,7 +2,7 @@
 
     python tests/crash/shm_topics_kill.py --role publisher --count 1000 --seed 1
 
-    a subscriber dies     another one misses nothing that it was not told of, the publisher drops the dead one, its memory is free again
+    a subscriber dies     another one misses nothing, the publisher drops the dead one, and its memory is free again
     the publisher dies    both subscribers receive whatever its journal has, whole and in order, and then find the next publisher
     either                nothing is left: descriptors, mappings; the next start takes the same name
 

@@ -149,7 +149,7 @@ class CastIn:
     """The subscribing side of topics in shared memory. Maps the payloads read-only. Never waits; calls must be serialised."""
 
     def __init__(self, arena: int, queue: int, control: int, data_bell: int, room_bell: int, limit: int) -> None:
-        """Descriptors stay the caller's, and must stay open (but for arena and queue). Raises ValueError: what is wrong with them."""
+        """Descriptors stay the caller's; all but arena and queue must stay open. Raises ValueError: what is wrong with them."""
     def try_take(self) -> tuple[int, bytes, bytes] | int | None:
         """(how many were dropped before it, prefix, body); None: nothing there; GOODBYE or ENDED. Raises ValueError: broken."""
     def arm(self) -> None:

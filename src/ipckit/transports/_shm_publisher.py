@@ -1,8 +1,8 @@
-"""Publishing on `shm://`: each message is written once into memory that all subscribers can read, and referred to in their queues.
+"""Publishing on `shm://`: each message is written once into memory that all subscribers can read, and their queues refer to it.
 
-What waits for a subscriber waits in its queue, bounded by `backlog`, and `on_full` says what happens at the bound; the count of what
-was dropped is exact at both ends, because an entry leaves a queue either way exactly once (`_native/broadcast.h`). What was
-published is the subscribers' from then on: it survives our close, and our death.
+What waits for a subscriber waits in its queue, bounded by `backlog`, and `on_full` says what happens at the bound; the count of
+what was dropped is exact at both ends, because an entry leaves a queue exactly once (`_native/broadcast.h`). What was published
+is the subscribers' from then on: it survives our close, and our death.
 
 The keeper's thread lets subscribers in and hears of their end. Messages do not wake it.
 """

@@ -1,7 +1,7 @@
 """Subscribing on `shm://`: references from a queue of our own, to messages in memory that we can only read.
 
-A publisher that dies, and comes back, is found again; what was published in between nobody can count, so the first message after it has
-the gap -1, "some". What the dead one had published is received first: the memory is ours as well.
+A publisher that dies, and comes back, is found again; what was published in between nobody can count, so the first message
+after it has the gap -1, "some". What the dead one had published is received first: the memory is ours as well.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import select
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from .. import _linkwire as wire
 from .. import _native, errors
-from .._linkcrowd import Dialer
+from .._linkdialer import Dialer
 from .._linkwatch import Watch
-from .._spi import Link, Steps, TopicTerms, Wait, Want
+from .._spi import Steps, TopicTerms, Wait, Want
 from .._url import Url
 from ..message import UNKNOWN, Parcel, Verdict
 from . import _shm_topics as topics
@@ -33,7 +33,7 @@ class ShmSubscriber:
     def __init__(self, url: Url, options: TopicOptions, terms: TopicTerms, gift: Gift) -> None:
         self._lock = threading.Lock()
         self._url, self._options = url, options
-        self._dialer = Dialer(url, lambda: cast("Steps[Link]", topics.dial(url, options, terms)))
+        self._dialer = Dialer(url, lambda: topics.dial(url, options, terms))
         self._watch = Watch()
         self._queue: _native.CastIn | None = None
         self._received = self._bytes = self._dropped = self._reconnects = 0
@@ -167,11 +167,11 @@ class ShmSubscriber:
         """Whether there is a publisher again."""
         self._watch.drop(_DIAL)  # its descriptors are passed on, or closed, by the next step
         found = self._dialer.try_dial()
-        if isinstance(found, Wait):
+        if not isinstance(found, Gift):
             self._watch.put(_DIAL, found)
             return False
         try:
-            self._take_up(cast(Gift, found))
+            self._take_up(found)
         except errors.ProtocolError as error:
             self._end = error
             self._check()
@@ -183,5 +183,3 @@ class ShmSubscriber:
 def subscriber(url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Any]:
     gift = yield from topics.dial(url, options, terms)
     return ShmSubscriber(url, options, terms, gift)
-
-

@@ -14,6 +14,8 @@ life line. Only processes of our own user and root are let in: they share memory
 
 A frame that is longer than the ring streams through it. A frame that was sent stays in memory until it is received, or until
 both processes are gone.
+
+Topics are a matter of their own (`_shm_publisher`, `_shm_subscriber`): each payload once, in memory that all subscribers can read.
 """
 
 from __future__ import annotations
@@ -36,7 +38,20 @@ from .. import _native as native_core
 from .. import _options, errors
 from .._capabilities import Capabilities
 from .._options import option
-from .._spi import Intake, Link, Listener, Peer, Publishing, PublishTerms, Steps, TopicTerms, Topics, Transport, Wait, Want
+from .._spi import (
+    Intake,
+    Link,
+    Listener,
+    Peer,
+    Publishing,
+    PublishTerms,
+    Steps,
+    Topics,
+    TopicTerms,
+    Transport,
+    Wait,
+    Want,
+)
 from .._url import Url
 from . import _unixsock
 from ._accept import Acceptor
