@@ -304,6 +304,14 @@ class Batching(Protocol):
 
 
 @runtime_checkable
+class SpinningIntake(Intake, Protocol):
+    """As `Spinning`, for an intake."""
+
+    def spin_get(self) -> Parcel | None:
+        """`try_get`, that before it answers None looks again for as long as pays, 50 µs at most, without the GIL."""
+
+
+@runtime_checkable
 class Draining(Protocol):
     """An outlet whose messages depend on this process until they are acknowledged."""
 

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar, overload
 
 from . import _options, errors
 from ._endpoint import Endpoint, Opening, Yielding, confirm, confirm_in_time, located, put_many
-from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
+from ._spi import Intake, OnFull, Publishing, PublishTerms, SpinningIntake, Steps, Topics, TopicTerms, Want
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -92,13 +92,14 @@ class _Publishing:
 
 
 class _Subscribing:
-    __slots__ = ("_intake",)
+    __slots__ = ("_intake", "_look")
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
+        self._look = intake.spin_get if isinstance(intake, SpinningIntake) else intake.try_get
 
     def recv(self) -> Steps[Parcel]:
-        while (parcel := self._intake.try_get()) is None:
+        while (parcel := self._look()) is None:
             wait = self._intake.arm(Want.RECV)
             if (parcel := self._intake.try_get()) is not None:
                 break

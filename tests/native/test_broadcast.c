@@ -346,10 +346,12 @@ static void run_threads(enum cast_policy policy, uint64_t count)
         CHECK(pthread_create(&threads[i], NULL, read_all, &readers[i]) == 0);
     }
     for (uint64_t number = 0; number < count; number++) {
-        while (put(&c, slots, READERS, number, size_of(number, 1500)) == CAST_WAIT) {
+        enum cast_status status;
+        while ((status = put(&c, slots, READERS, number, size_of(number, 1500))) == CAST_WAIT) {
             cast_want_room(&c);
-            if (put(&c, slots, READERS, number, size_of(number, 1500)) == CAST_OK)
+            if ((status = put(&c, slots, READERS, number, size_of(number, 1500))) == CAST_OK)
                 break;
+            CHECK(status == CAST_WAIT);
             struct pollfd fds[READERS];
             for (int i = 0; i < READERS; i++)
                 fds[i] = (struct pollfd){readers[i].pair.room, POLLIN, 0};
@@ -359,6 +361,7 @@ static void run_threads(enum cast_policy policy, uint64_t count)
                 CHECK(read(fds[i].fd, &rung, 8) == 8 || errno == EAGAIN);
             }
         }
+        CHECK(status == CAST_OK);
     }
     uint64_t dropped = c.dropped, missing = 0;
     for (int i = 0; i < READERS; i++) { /* closing unmaps, and this mapping is theirs too */

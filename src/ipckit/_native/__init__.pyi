@@ -148,10 +148,22 @@ class CastOut:
 class CastIn:
     """The subscribing side of topics in shared memory. Maps the payloads read-only. Never waits; calls must be serialised."""
 
-    def __init__(self, arena: int, queue: int, control: int, data_bell: int, room_bell: int, limit: int) -> None:
+    def __init__(
+        self,
+        arena: int,
+        queue: int,
+        control: int,
+        data_bell: int,
+        room_bell: int,
+        limit: int,
+        spin_ns: int,  # -1: auto
+        peer: Peer,
+    ) -> None:
         """Descriptors stay the caller's; all but arena and queue must stay open. Raises ValueError: what is wrong with them."""
     def try_take(self) -> tuple[int, bytes, bytes] | int | None:
         """(how many were dropped before it, prefix, body); None: nothing there; GOODBYE or ENDED. Raises ValueError: broken."""
+    def spin_take(self) -> tuple[int, bytes, bytes] | int | None:
+        """`try_take`, that before it answers None looks again for as long as pays, 50 µs at most, without the GIL."""
     def arm(self) -> None:
         """Announce that we are about to sleep until `data_bell` or `control` is readable."""
     def trailing(self) -> int:

@@ -166,11 +166,9 @@ enum cast_status cast_reserve(struct cast *c, const uint32_t *slots, uint32_t co
         return CAST_OK;
     if ((*block = find_room(c, bytes)) != NO_BLOCK || force || c->policy == CAST_DROP_NEW)
         return CAST_OK;
-    int failed = errno;
-    uint64_t held = cast_queued(c);
-    errno = failed;
-    if (!held || c->policy == CAST_DROP_OLD) /* nobody will give anything back */
-        return CAST_SCARCE;
+    /* Does anybody still hold what could be given back? If all have just given it back, there is room now, or never. */
+    if (c->policy == CAST_DROP_OLD || cast_queued(c) == 0)
+        return (*block = arena_take(&c->arena, bytes)) != NO_BLOCK ? CAST_OK : CAST_SCARCE;
     return c->policy == CAST_BLOCK ? CAST_WAIT : CAST_FULL;
 }
 

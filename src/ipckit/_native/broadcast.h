@@ -100,6 +100,8 @@ static inline uint64_t cast_gap(const struct cast_in *in, const struct cast_item
 /* The item was copied: is the copy good, and ours? Else the publisher took it back, and nothing of it counts. */
 bool cast_take(struct cast_in *in, const struct cast_item *item);
 uint64_t cast_trailing(struct cast_in *in); /* after GOODBYE: how many are missing at the end */
+/* Look again and again until something may be there; false: not within so many ns. */
+bool cast_spin(struct cast_in *in, int64_t ns);
 void cast_announce(struct cast_in *in);     /* we are about to sleep on data_bell and control; look once more */
 void cast_look(struct cast_in *in);         /* ask the control socket whether the publisher is there */
 

@@ -96,13 +96,32 @@ void cast_look(struct cast_in *in)
         in->ended = true;
 }
 
+static int64_t clock_ns(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+bool cast_spin(struct cast_in *in, int64_t ns)
+{
+    int64_t until = clock_ns(CLOCK_MONOTONIC) + ns;
+    do
+        for (int i = 0; i < 16; i++) {
+            /* Only a look: what is found is loaded again, with acquire, by whoever uses it. */
+            if (GLANCE(in->queue->tail) != in->head || GLANCE(in->queue->closed))
+                return true;
+            rest_a_moment();
+        }
+    while (clock_ns(CLOCK_MONOTONIC) < until);
+    return false;
+}
+
 /* Nothing is there. The publisher's last word precedes its closing and its death, so look once more after seeing either. */
 static enum cast_status nothing(struct cast_in *in, uint64_t head)
 {
     if (!in->ended) {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC_COARSE, &now); /* who only ever tries must hear of a death, too */
-        int64_t tick = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+        int64_t tick = clock_ns(CLOCK_MONOTONIC_COARSE); /* who only ever tries must hear of a death, too */
         if (tick != in->tick) {
             in->tick = tick;
             cast_look(in);

@@ -20,7 +20,9 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     struct cast_in in;
-    bool open;
+    bool open, adaptive;
+    int64_t spin_ns;
+    unsigned skip, penalty; /* of spin_take: calls that go by without a spin */
 } CastIn;
 
 static PyObject *closed(void)
@@ -264,11 +266,12 @@ static PyType_Spec out_spec = {
 
 static PyObject *in_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"arena", "queue", "control", "data_bell", "room_bell", "limit", NULL};
+    static char *names[] = {"arena", "queue", "control", "data_bell", "room_bell", "limit", "spin_ns", "peer", NULL};
     int arena, queue, control, data_bell, room_bell;
-    long long limit;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiiiL:CastIn", names, &arena, &queue, &control, &data_bell, &room_bell,
-                                     &limit))
+    long long limit, spin_ns;
+    PyObject *peer;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiiiiLLO:CastIn", names, &arena, &queue, &control, &data_bell, &room_bell,
+                                     &limit, &spin_ns, &peer))
         return NULL;
     CastIn *self = allocate(type);
     const char *why;
@@ -285,6 +288,8 @@ static PyObject *in_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->in.control = control;
     self->in.data_bell = data_bell;
     self->in.room_bell = room_bell;
+    self->adaptive = spin_ns < 0;
+    self->spin_ns = spin_budget(spin_ns, peer);
     self->open = true;
     return (PyObject *)self;
 }
@@ -338,6 +343,31 @@ static PyObject *in_try_take(PyObject *object, PyObject *unused)
     return closed();
 }
 
+/* A spin that found nothing lets 1, 2, 4 ... 64 go by without one, as those of a RingLink in an event loop. */
+static PyObject *in_spin_take(PyObject *object, PyObject *unused)
+{
+    CastIn *self = (CastIn *)object;
+    PyObject *found = in_try_take(object, unused);
+    if (found != Py_None || self->spin_ns == 0)
+        return found;
+    if (self->skip) {
+        self->skip--;
+        return found;
+    }
+    bool there;
+    Py_BEGIN_ALLOW_THREADS
+    there = cast_spin(&self->in, self->spin_ns < LOOP_SPIN_NS ? self->spin_ns : LOOP_SPIN_NS);
+    Py_END_ALLOW_THREADS
+    if (self->adaptive) {
+        self->penalty = there ? 0 : self->penalty == 0 ? 1 : self->penalty < 64 ? 2 * self->penalty : 64;
+        self->skip = self->penalty;
+    }
+    if (!there)
+        return found;
+    Py_DECREF(found);
+    return in_try_take(object, unused);
+}
+
 static PyObject *in_arm(PyObject *object, PyObject *unused)
 {
     (void)unused;
@@ -372,6 +402,7 @@ static void in_dealloc(PyObject *object)
 
 static PyMethodDef in_methods[] = {
     {"try_take", in_try_take, METH_NOARGS, NULL},
+    {"spin_take", in_spin_take, METH_NOARGS, NULL},
     {"arm", in_arm, METH_NOARGS, NULL},
     {"trailing", in_trailing, METH_NOARGS, NULL},
     {"close", in_close, METH_NOARGS, NULL},

@@ -19,15 +19,6 @@ static int64_t clock_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-static inline void rest_a_moment(void)
-{
-#if defined __x86_64__ || defined __i386__
-    __builtin_ia32_pause();
-#elif defined __aarch64__
-    __asm__ volatile("isb"); /* `yield` does nothing on most cores; this takes about as long as an x86 pause */
-#endif
-}
-
 unsigned ring_rounds(int64_t ns)
 {
     static _Atomic int64_t thousand; /* of rounds, in ns; 10 to 140 µs */

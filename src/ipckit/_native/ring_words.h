@@ -22,6 +22,15 @@ static inline void full_fence(void)
 #endif
 }
 
+static inline void rest_a_moment(void)
+{
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("isb"); /* `yield` does nothing on most cores; this takes about as long as an x86 pause */
+#endif
+}
+
 /* Rung bells are counts in an eventfd. A count that does not fit (EAGAIN) rings as well as one that does. */
 static inline void ring_bell(int fd)
 {

@@ -10,7 +10,7 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import _linkwire as wire
@@ -21,6 +21,7 @@ from .._spi import Steps, TopicTerms, Wait, Want
 from .._url import Url
 from ..message import UNKNOWN, Parcel, Verdict
 from . import _shm_topics as topics
+from . import _unixsock
 from ._shm_topics import Gift, TopicOptions
 
 _log = logging.getLogger("ipckit")
@@ -54,6 +55,12 @@ class ShmSubscriber:
     # -- Intake ------------------------------------------------------------------------------------------------------
 
     def try_get(self) -> Parcel | None:
+        return self._get(_native.CastIn.try_take)
+
+    def spin_get(self) -> Parcel | None:
+        return self._get(_native.CastIn.spin_take)
+
+    def _get(self, look: Callable[[_native.CastIn], tuple[int, bytes, bytes] | int | None]) -> Parcel | None:
         with self._lock:
             self._check()
             while True:
@@ -61,7 +68,7 @@ class ShmSubscriber:
                     return None
                 assert self._queue is not None
                 try:
-                    found = self._queue.try_take()
+                    found = look(self._queue)
                 except ValueError as error:
                     self._end = errors.ProtocolError(str(error), url=self._url)
                     self._drop_queue()
@@ -143,7 +150,14 @@ class ShmSubscriber:
     def _take_up(self, gift: Gift) -> None:
         try:
             queue = _native.CastIn(
-                gift.arena, gift.queue, gift.sock.fileno(), gift.data_bell, gift.room_bell, self._options.limit
+                gift.arena,
+                gift.queue,
+                gift.sock.fileno(),
+                gift.data_bell,
+                gift.room_bell,
+                self._options.limit,
+                -1 if self._options.spin is None else int(self._options.spin * 1e9),
+                _unixsock.peer_of(gift.sock),
             )
         except ValueError as error:
             gift.close()

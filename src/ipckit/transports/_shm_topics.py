@@ -50,6 +50,9 @@ class TopicOptions(LinkOptions):
         None, _arena, "bytes for messages that somebody has not taken yet, rounded up to a power of two (64MiB)"
     )
     backlog: int = option(1000, integer(1, 1 << 24), "messages that may wait for one subscriber")
+    spin: float | None = option(
+        None, _options.spin, "how long a subscriber spins before sleeping, 50us at most, or auto"
+    )
 
     @property
     def arena(self) -> int:

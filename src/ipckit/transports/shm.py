@@ -15,7 +15,7 @@ life line. Only processes of our own user and root are let in: they share memory
 A frame that is longer than the ring streams through it. A frame that was sent stays in memory until it is received, or until
 both processes are gone.
 
-Topics are a matter of their own (`_shm_publisher`, `_shm_subscriber`): each payload once, in memory that all subscribers can read.
+Topics are a matter of their own (`_shm_publisher`, `_shm_subscriber`): each payload once, in memory that all can read.
 """
 
 from __future__ import annotations
