@@ -1,7 +1,7 @@
 import pytest
 import trustme
 
-from ipckit.testing.conformance import ChannelContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
 
 pytest.importorskip("grpc")
 
@@ -34,6 +34,42 @@ def certificates(tmp_path_factory):
 class TestGrpcTls(ChannelContract):
     schemes = ("grpcs",)
 
+    @pytest.fixture
+    def url(self, certificates) -> str:
+        return f"grpcs://127.0.0.1:{free_port()}?ca={certificates}/ca.pem&cert={certificates}/both.pem"
+
+
+class TestGrpcQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"grpc://127.0.0.1:{free_port()}"
+
+
+class TestGrpcUnixQueue(QueueContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "grpc+unix://conformance"
+
+
+class TestGrpcTlsQueue(QueueContract):
+    @pytest.fixture
+    def url(self, certificates) -> str:
+        return f"grpcs://127.0.0.1:{free_port()}?ca={certificates}/ca.pem&cert={certificates}/both.pem"
+
+
+class TestGrpcTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"grpc://127.0.0.1:{free_port()}"
+
+
+class TestGrpcUnixTopics(PubSubContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "grpc+unix://conformance"
+
+
+class TestGrpcTlsTopics(PubSubContract):
     @pytest.fixture
     def url(self, certificates) -> str:
         return f"grpcs://127.0.0.1:{free_port()}?ca={certificates}/ca.pem&cert={certificates}/both.pem"

@@ -70,8 +70,10 @@ class Options(LinkOptions):
 
 class Grpc(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "queue", "pubsub"}),
         handed_over=False,
+        headers=True,
+        redelivery=True,
         cross_machine=True,
         model="streams of messages over HTTP/2, opened like a procedure call",
         data="messages of bytes, in protobuf",
