@@ -151,7 +151,8 @@ class PubSubContract(Contract):
         for number, message in zip(numbers, got, strict=True):
             assert number == at + 1 + message.gap
             at = number
-        assert (numbers[-1] == count - 1) == (on_full == "drop_old")
+        # Which of the others go is a matter of who was how fast.
+        assert numbers[-1] == count - 1 if on_full == "drop_old" else numbers[0] == 0
         raises(errors.PeerClosed, lambda: subscriber.call("recv", 5))
 
     def test_on_full_error(self, here: Local, neighbour: Local, url: str, capabilities: Capabilities) -> None:
