@@ -170,8 +170,10 @@ class Opening:
         self.transport = _registry.open_transport(self.url, required)
         self.capabilities = self.transport.capabilities_of(self.url)
         if pattern not in self.capabilities.patterns:
+            lossy = pattern == "queue" and not self.capabilities.reliable
+            why = ": a queue loses nothing, and this transport does not declare 'reliable'" if lossy else ""
             raise errors.Unsupported(
-                f"this transport has no pattern {pattern!r}",
+                f"there is no pattern {pattern!r} at this address{why}",
                 url=self.url,
                 operation=operation,
                 hint=f"it has: {', '.join(sorted(self.capabilities.patterns))}",

