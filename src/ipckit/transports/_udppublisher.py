@@ -49,10 +49,14 @@ _EAGER = 0.05  # the same, while somebody waits for subscribers
 _lingering: weakref.WeakValueDictionary[int, UdpPublisher] = weakref.WeakValueDictionary()
 
 
-def free_port(port: int) -> None:
-    """We want this port: a publisher of ours that is closed, and still says goodbye there, stops at once."""
-    if (publisher := _lingering.pop(port, None)) is not None:
-        publisher.cut_short()
+def free_port(port: int) -> bool:
+    """We want this port: a publisher of ours that is closed, and still says goodbye there, stops. Whether there was one."""
+    publisher = _lingering.pop(port, None)
+    if publisher is None:
+        return False
+    publisher.cut_short()
+    keeper.look()
+    return True
 
 
 class Lease:

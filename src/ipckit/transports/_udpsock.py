@@ -15,7 +15,8 @@ import os
 import socket
 import struct
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from ._oserror import map_oserror
 
 _SO_ATTACH_FILTER = 26
 _UDP_HEADER = 8
+#: No interface was named, and the system has no route for multicast; or the interface is none for it.
+_NO_WAY = frozenset({errno.ENODEV, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH})
 _HINT = "name the interface: interface=eth0, or interface=127.0.0.1 to stay on this machine"
 
 
@@ -53,40 +56,55 @@ class Group:
     def v6(self) -> bool:
         return self.address.family == socket.AF_INET6
 
+    @property
+    def place(self) -> Any:
+        """The group as a socket takes it. An address of IPv6's narrow scopes goes with its interface."""
+        where = self.address.sockaddr
+        return (*where[:3], self._index()) if self.v6 else where
+
     def sender(self, buffer: int) -> socket.socket:
-        """A socket on a port of its own. Raises what `open` of the pattern is to raise."""
+        """A socket on a port of its own. Raises BadOption where no interface leads to the group."""
+        with self._opening("publisher", buffer) as sock:
+            sock.bind(("::" if self.v6 else "0.0.0.0", 0))
+            self._direct(sock)
+            with plain(self.address.family, 0) as probe:  # connect() looks for a way, and sends nothing
+                self._direct(probe)
+                probe.connect(self.place)
+        return sock
+
+    @contextmanager
+    def _opening(self, operation: str, buffer: int) -> Iterator[socket.socket]:
         sock = plain(self.address.family, buffer)
         try:
-            if self.v6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, self.ttl)
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, int(self.loopback))
-                if index := self._index():
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
-            else:
-                sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, self.ttl)
-                sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, int(self.loopback))
-                if self.interface is not None:
-                    sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, self._v4_request())
-            sock.bind(("::" if self.v6 else "0.0.0.0", 0))
-        except OSError as error:
+            yield sock
+        except BaseException as error:
             sock.close()
-            raise self._mapped(error, "publisher") from error
-        return sock
+            if not isinstance(error, OSError):
+                raise
+            raise self._mapped(error, operation) from error
+
+    def _direct(self, sock: socket.socket) -> None:
+        if self.v6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, self.ttl)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, int(self.loopback))
+            if index := self._index():
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
+            return
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, self.ttl)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, int(self.loopback))
+        if self.interface is not None:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, self._v4_request())
 
     def receiver(self, buffer: int) -> socket.socket:
         """A member of the group from now on."""
-        sock = plain(self.address.family, buffer)
-        try:
+        with self._opening("subscriber", buffer) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # each of them gets every datagram
-            sock.bind(self.address.sockaddr)
+            sock.bind(self.place)
             if self.v6:
                 request = socket.inet_pton(socket.AF_INET6, self._name()) + struct.pack("@I", self._index())
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, request)
             else:
                 sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, self._v4_request())
-        except OSError as error:
-            sock.close()
-            raise self._mapped(error, "subscriber") from error
         return sock
 
     def _name(self) -> str:
@@ -113,17 +131,9 @@ class Group:
             raise errors.BadOption(f"interface={self.interface} must be {what}", url=self.url) from error
 
     def _mapped(self, error: OSError, operation: str) -> errors.IpcError:
-        if isinstance(error, errors.IpcError):
-            return error
-        return unreachable(self.url, operation) if error.errno in NO_WAY else map_oserror(error, self.url, operation)
-
-
-#: No interface was named, and the system has no route for multicast; or the interface is none for it.
-NO_WAY = frozenset({errno.ENODEV, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH})
-
-
-def unreachable(url: Url, operation: str) -> errors.IpcError:
-    return errors.BadOption("no way to this group by that interface", url=url, operation=operation, hint=_HINT)
+        if error.errno in _NO_WAY:
+            return errors.BadOption("no interface leads to this group", url=self.url, operation=operation, hint=_HINT)
+        return map_oserror(error, self.url, operation)
 
 
 def plain(family: int, buffer: int) -> socket.socket:

@@ -58,8 +58,10 @@ class Source:
         self.join_at = now
         self.pause = _FIRST_PAUSE
         self.said: int | None = None  # its last number, heard beside the messages
+        self.missed = 0  # of its messages, by its numbers; not told before it is known that somebody is there
 
-    def answered(self, now: float) -> None:
+    def welcomed(self, number: int, now: float) -> None:
+        self.missed += self.ledger.welcomed(number)
         self.welcome, self.pause, self.join_at = True, _FIRST_PAUSE, now + _RENEW
 
 
@@ -138,16 +140,20 @@ class _Subscriber(ABC):
 
     # -- the accounts ------------------------------------------------------------------------------------------------
 
-    def _miss(self, count: int) -> None:
-        self._dropped += count
-        self._gap += count
+    def _tell(self, source: Source) -> None:
+        """Count what was missed; but anybody can make up a publisher, as long as nobody has to answer for it."""
+        if source.missed and source.welcome:
+            self._dropped += source.missed
+            self._gap += source.missed
+            source.missed = 0
 
     def _message(self, source: Source, heard: wire.Heard, size: int) -> Parcel | None:
         """A DATA or KEPT in the buffer, as the message that it is for us."""
         missed = source.ledger.received(heard.number)
         if missed is None:
             return None
-        self._miss(missed)
+        source.missed += missed
+        self._tell(source)
         if heard.kind == wire.KEPT and heard.member != source.member:
             self._unwanted += 1
             return None
@@ -158,7 +164,8 @@ class _Subscriber(ABC):
             parcel = _linkwire.read_message(frame)
         except errors.ProtocolError:
             self._refused += 1
-            self._miss(1)
+            source.missed += 1
+            self._tell(source)
             return None
         if not self._wants(parcel.topic):
             self._unwanted += 1
@@ -226,7 +233,8 @@ class GroupSubscriber(_Subscriber):
             if (source := self._source(address, heard, time.monotonic())) is None:
                 continue
             if heard.kind in (wire.NUMBER, wire.BYE):
-                self._miss(source.ledger.told(heard.number))
+                source.missed += source.ledger.told(heard.number)
+                self._tell(source)
             elif (parcel := self._message(source, heard, size)) is not None:
                 return parcel
         return None
@@ -238,8 +246,9 @@ class GroupSubscriber(_Subscriber):
         """
         for source in self._sources.values():
             if source.said is not None:
-                self._miss(source.ledger.told(source.said))
+                source.missed += source.ledger.told(source.said)
                 source.said = None
+                self._tell(source)
 
     def _source(self, address: Any, heard: wire.Heard, now: float) -> Source | None:
         key = address, heard.session
@@ -314,8 +323,8 @@ class GroupSubscriber(_Subscriber):
             found.cookie = heard.cookie
             self._join(found, now)
         elif heard.kind == wire.WELCOME:
-            found.answered(now)
-            self._miss(found.ledger.welcomed(heard.number))
+            found.welcomed(heard.number, now)
+            self._tell(found)
 
     def _join(self, source: Source, now: float) -> None:
         source.join_at = now + source.pause
@@ -418,12 +427,13 @@ class PeerSubscriber(_Subscriber):
             else:
                 self._reconnects += not source.welcome and self._known
                 source.session, self._known = heard.session, True
-                source.answered(now)
-                self._miss(source.ledger.welcomed(heard.number))
+                source.welcomed(heard.number, now)
+                self._tell(source)
         elif heard.session != source.session or heard.kind in (wire.JOIN, wire.LEAVE):
             self._refused += 1
         elif heard.kind in (wire.NUMBER, wire.BYE):
-            self._miss(source.ledger.told(heard.number))
+            source.missed += source.ledger.told(heard.number)
+            self._tell(source)
             if heard.kind == wire.BYE:
                 source.over = True
                 self._leave()

@@ -117,24 +117,24 @@ class UdpTransport(Transport[Options], Topics[TopicOptions]):
             )
         address = yield from _one_address(url, options, "publisher")
         if (group := _group(url, options, address)) is not None:
-            sock = group.sender(options.buffer)
-            try:
-                sock.sendto(b"", address.sockaddr)  # nobody reads it; it tells whether there is a way
-            except OSError as error:
-                sock.close()
-                if error.errno in _udpsock.NO_WAY:
-                    raise _udpsock.unreachable(url, "publisher") from error
-                raise map_oserror(error, url, "publisher") from error
-            return UdpPublisher(url, sock, address.sockaddr, options.limit, terms)
-        free_port(address.sockaddr[1])
+            return UdpPublisher(url, group.sender(options.buffer), group.place, options.limit, terms)
         sock = _udpsock.plain(address.family, options.buffer)
-        try:
-            _bind(sock, address.sockaddr)
-            tell_addresses(sock)
-        except OSError as error:
-            sock.close()
-            raise map_oserror(error, url, "publisher") from error
-        return UdpPublisher(url.with_port(sock.getsockname()[1]), sock, None, options.limit, terms)
+        patience = 200 if free_port(address.sockaddr[1]) else 0
+        while True:
+            try:
+                _bind(sock, address.sockaddr)
+                tell_addresses(sock)
+                return UdpPublisher(url.with_port(sock.getsockname()[1]), sock, None, options.limit, terms)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or not patience:
+                    sock.close()
+                    raise map_oserror(error, url, "publisher") from error
+            patience -= 1
+            try:
+                yield Wait((), 0.005)  # for as long as the keeper sleeps on it, the old one has the port
+            except BaseException:
+                sock.close()
+                raise
 
     def subscriber(self, url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Intake]:
         from . import _udpwire as wire
@@ -155,7 +155,8 @@ class UdpTransport(Transport[Options], Topics[TopicOptions]):
                 data = opened.enter_context(group.receiver(options.buffer))
                 control = opened.enter_context(group.receiver(0))
                 _udpsock.hear_only(control, wire.KIND_AT, bytes((wire.NUMBER, wire.BYE)))
-                own = opened.enter_context(group.sender(0))
+                own = opened.enter_context(_udpsock.plain(address.family, 0))
+                own.bind(("", 0))
                 subscribed = GroupSubscriber(url, data, control, own, options.limit, terms)
                 opened.pop_all()
                 return subscribed

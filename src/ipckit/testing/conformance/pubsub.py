@@ -155,6 +155,23 @@ class PubSubContract(Contract):
         assert numbers[-1] == count - 1 if on_full == "drop_old" else numbers[0] == 0
         raises(errors.PeerClosed, lambda: subscriber.call("recv", 5))
 
+    def test_every_loss_is_counted(self, here: Local, there: Party, url: str, capabilities: Capabilities) -> None:
+        """Where nobody is waited for: one that does not receive for a while knows exactly what it missed; also at the end."""
+        self.needs(not capabilities.reliable, "losses")
+        publisher, (subscriber,) = self.gather(here, [there], url)
+        count = 4000
+        publisher.run(publish, [(b"%06d" % number + bytes(2000), "t") for number in range(count)]).result(HANG)
+        publisher.close()
+        got = subscriber.run(take_all, 2.0).result(HANG)
+        at = -1
+        for message in got:
+            number = int(message.value[:6])
+            assert number == at + 1 + message.gap
+            at = number
+        stats = subscriber.call("stats")
+        assert stats["dropped"], "it was not slow enough for this test"
+        assert (stats["received"], stats["received"] + stats["dropped"]) == (len(got), count)
+
     def test_on_full_error(self, here: Local, neighbour: Local, url: str, capabilities: Capabilities) -> None:
         self.needs(not capabilities.broker and capabilities.reliable, "a bound of its own")
         publisher, (subscriber,) = self.gather(here, [neighbour], url, {"on_full": "error"})
