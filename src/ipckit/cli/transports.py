@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from .. import _capabilities, _registry
+from .. import _capabilities, _linkhub, _linkqueue, _registry
 from .._capabilities import Capabilities
 from .._options import size as read_size
-from .._url import parse
+from .._spi import Queues, Topics, Transport
+from .._url import Url, parse
 from ..bench.claims import NOT_ALIKE, claims
 from ..bench.stats import size as write_size
 from ..errors import ConfigError
@@ -82,8 +83,21 @@ def entries() -> list[Entry]:
         if lacking is not None:
             get = f'pip install ".[{transport.extra}]"' if transport.extra else f"needs the module {lacking}"
         ours = type(transport).__module__.startswith("ipckit.")
-        found.append(Entry(scheme, transport.capabilities_of(url), _options_of(transport.options), get, ours))
+        found.append(Entry(scheme, transport.capabilities_of(url), _all_options(transport, url), get, ours))
     return found
+
+
+def _all_options(transport: Transport[Any], url: Url) -> tuple[tuple[str, str, str], ...]:
+    """Of channels first; then what queues and topics take besides."""
+    found = {each[0]: each for each in _options_of(transport.options)}
+    for pattern, own in (
+        ("queue", transport.queue_options if isinstance(transport, Queues) else _linkqueue.Options),
+        ("pubsub", transport.topic_options if isinstance(transport, Topics) else _linkhub.Options),
+    ):
+        if pattern in transport.capabilities_of(url).patterns:
+            for name, default, text in _options_of(own):
+                found.setdefault(name, (name, default, f"{pattern}: {text}"))
+    return tuple(found.values())
 
 
 def _options_of(cls: type[Any]) -> tuple[tuple[str, str, str], ...]:
