@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import ipckit
 from ipckit import aio, errors
-from ipckit._url import parse
+from ipckit._url import Host, parse
 from ipckit.testing.conformance import free_port
-from ipckit.transports import _udppublisher, _udpsubscriber
+from ipckit.transports import _udppublisher, _udpsubscriber, udp
 from ipckit.transports import _udpwire as wire
 from ipckit.transports._udpledger import Ledger
 from ipckit.transports._udpsock import Allowance, Cookies
@@ -476,6 +476,21 @@ def test_made_up_publishers_do_not_crowd_out_real_ones(group, monkeypatch):
 def test_what_cannot_be(action, error, said):
     with pytest.raises(error, match=said):
         action()
+
+
+def test_a_name_with_several_addresses(monkeypatch):
+    """localhost may be ::1 first, and the publisher at 127.0.0.1."""
+    real = udp._inet.resolve
+
+    def resolve(url, host, *args, **named):
+        found = yield from real(url, Host("127.0.0.1", host.port), *args, **named)
+        return [udp._inet.Address(socket.AF_INET6, ("::1", host.port, 0, 0), host), *found]
+
+    with ipckit.publisher("udp://127.0.0.1:0") as publisher:
+        monkeypatch.setattr(udp._inet, "resolve", resolve)
+        with ipckit.subscriber(f"udp://localhost:{publisher.url.host.port}", timeout=10) as subscriber:
+            publisher.publish(b"x")
+            assert subscriber.recv(5).value == b"x"
 
 
 def test_a_mute_place_is_no_publisher(place):

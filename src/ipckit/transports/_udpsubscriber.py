@@ -352,6 +352,13 @@ class PeerSubscriber(_Subscriber):
         self._reconnects = 0
         self._known = False  # a publisher has welcomed us
 
+    def reach(self, sockaddr: Any) -> None:
+        """Speak to this address and to no other."""
+        try:
+            self._data.connect(sockaddr)
+        except OSError as error:  # no way there: asking in vain will say so
+            self.trouble = error
+
     def greeted(self, patience: float) -> Steps[bool]:
         """Ask once, and wait so long for the answer."""
         deadline = time.monotonic() + patience
@@ -483,4 +490,4 @@ class PeerSubscriber(_Subscriber):
         except OSError as error:
             if error.errno not in GONE:
                 _log.info("%s: cannot be reached: %s", self._url, error)
-            self.trouble = error
+            self.trouble = self.trouble or error

@@ -115,7 +115,7 @@ class UdpTransport(Transport[Options], Topics[TopicOptions]):
                 operation="publisher",
                 hint="on_full='drop_new'; the capability 'reliable' says where there is more",
             )
-        address = yield from _one_address(url, options, "publisher")
+        address = (yield from _addresses(url, "publisher"))[0]
         if (group := _group(url, options, address)) is not None:
             return UdpPublisher(url, group.sender(options.buffer), group.place, options.limit, terms)
         sock = _udpsock.plain(address.family, options.buffer)
@@ -149,7 +149,8 @@ class UdpTransport(Transport[Options], Topics[TopicOptions]):
             )
         if url.hosts and url.host.port == 0:
             raise errors.BadUrl("it takes the publisher's port", url=url, hint="see `publisher.url`")
-        address = yield from _one_address(url, options, "subscriber")
+        addresses = yield from _addresses(url, "subscriber")
+        address = addresses[0]
         if (group := _group(url, options, address)) is not None:
             with ExitStack() as opened:
                 data = opened.enter_context(group.receiver(options.buffer))
@@ -160,22 +161,28 @@ class UdpTransport(Transport[Options], Topics[TopicOptions]):
                 subscribed = GroupSubscriber(url, data, control, own, options.limit, terms)
                 opened.pop_all()
                 return subscribed
+        peers: list[PeerSubscriber] = []
         pause = 0.02
-        sock = _udpsock.plain(address.family, options.buffer)
-        peer = PeerSubscriber(url, sock, options.limit, terms)
         try:
-            sock.connect(address.sockaddr)
-            while not (yield from peer.greeted(pause)):
+            for each in addresses:
+                sock = _udpsock.plain(each.family, options.buffer)
+                peers.append(PeerSubscriber(url, sock, options.limit, terms))
+                peers[-1].reach(each.sockaddr)
+            while True:
+                for peer in peers:
+                    if (yield from peer.greeted(pause)):
+                        peers.remove(peer)
+                        return peer
                 pause = min(pause * 2, 0.5)
-            return peer
-        except BaseException as error:
-            peer.close()
-            if isinstance(error, errors.Timeout):
-                why = f": {peer.trouble.strerror}" if peer.trouble is not None else ""
-                raise errors.NothingListening(
-                    f"no publisher answers there{why}", url=url, operation="subscriber"
-                ) from error
-            raise
+        except errors.Timeout as timeout:
+            trouble = next((peer.trouble for peer in peers if peer.trouble is not None), None)
+            why = f": {trouble.strerror}" if trouble is not None else ""
+            raise errors.NothingListening(
+                f"no publisher answers there{why}", url=url, operation="subscriber"
+            ) from timeout
+        finally:
+            for peer in peers:
+                peer.close()
 
     def listen(self, url: Url, options: Options) -> Steps[Listener]:
         try:
@@ -235,14 +242,15 @@ class UdpTransport(Transport[Options], Topics[TopicOptions]):
 # -- topics -------------------------------------------------------------------------------------------------------
 
 
-def _one_address(url: Url, options: TopicOptions, operation: str) -> Steps[_inet.Address]:
+def _addresses(url: Url, operation: str) -> Steps[list[_inet.Address]]:
     try:
-        addresses = yield from _inet.resolve(
-            url, _inet.only_host(url), socket.SOCK_DGRAM, passive=operation == "publisher", operation=operation
+        return (
+            yield from _inet.resolve(
+                url, _inet.only_host(url), socket.SOCK_DGRAM, passive=operation == "publisher", operation=operation
+            )
         )
     except OSError as error:
         raise error if isinstance(error, errors.IpcError) else map_oserror(error, url, operation) from error
-    return addresses[0]
 
 
 def _group(url: Url, options: TopicOptions, address: _inet.Address) -> Group | None:
