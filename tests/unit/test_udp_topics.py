@@ -17,7 +17,7 @@ import ipckit
 from ipckit import aio, errors
 from ipckit._url import Host, parse
 from ipckit.testing.conformance import free_port
-from ipckit.transports import _udppublisher, _udpsubscriber, udp
+from ipckit.transports import _udpgroup, _udppublisher, _udpsubscriber, udp
 from ipckit.transports import _udpwire as wire
 from ipckit.transports._udpledger import Ledger
 from ipckit.transports._udpsock import Allowance, Cookies
@@ -282,7 +282,7 @@ def test_retained_values(url):
 def test_subscribers_are_counted(url, monkeypatch):
     """They come, leave, and when they are killed their lease ends."""
     monkeypatch.setattr(_udppublisher, "LEASE", 0.5)
-    monkeypatch.setattr(_udpsubscriber, "_RENEW", 0.1)
+    monkeypatch.setattr(_udpsubscriber, "RENEW", 0.1)
     with ipckit.publisher(url) as publisher:
         with ipckit.subscriber(publisher.url, timeout=5) as one, ipckit.subscriber(publisher.url, timeout=5) as two:
             publisher.wait_for_subscribers(2, 5)
@@ -443,7 +443,7 @@ def test_spoofed_joins_keep_nothing(place, monkeypatch):
 
 
 def test_made_up_publishers_do_not_crowd_out_real_ones(group, monkeypatch):
-    monkeypatch.setattr(_udpsubscriber, "_SOURCES", 20)
+    monkeypatch.setattr(_udpgroup, "_SOURCES", 20)
     with ipckit.subscriber(group) as subscriber, ipckit.publisher(group) as publisher:
         publisher.wait_for_subscribers(1, 5)
         shout(publisher.url, [wire.data(os.urandom(8), 7) for _ in range(100)])

@@ -4,9 +4,9 @@
     udp://239.255.1.2:5000            a multicast group: any number of publishers, one datagram for all subscribers
     udp://239.255.1.2:5000?interface=127.0.0.1     the same, inside this machine
 
-Topics (`_udppublisher.py`, `_udpsubscriber.py`): every loss is counted, none is made good, nobody is waited for. In a group
-that takes no server and no address but the group's; without one the publisher has the address, and sends each subscriber its own.
-There are no queues: who is to do a job cannot be agreed on by datagrams that get lost.
+Topics (`_udppublisher.py`, `_udpgroup.py`, `_udppeer.py`): every loss is counted, none is made good, nobody is waited for. In a
+group that takes no server and no address but the group's; without one the publisher has the address, and sends each subscriber
+its own. There are no queues: who is to do a job cannot be agreed on by datagrams that get lost.
 
 Channels: every datagram begins with its kind and the session's 8 random bytes, which nobody off the way can guess:
 
@@ -138,7 +138,8 @@ class UdpTransport(Transport[Options], Topics[TopicOptions]):
 
     def subscriber(self, url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Intake]:
         from . import _udpwire as wire
-        from ._udpsubscriber import GroupSubscriber, PeerSubscriber
+        from ._udpgroup import GroupSubscriber
+        from ._udppeer import PeerSubscriber
 
         if terms.group is not None:
             raise errors.Unsupported(
