@@ -24,7 +24,7 @@ from ._udpledger import Ledger
 
 _log = logging.getLogger("ipckit")
 
-RENEW = 4.0  # seconds; see LEASE of the publisher
+RENEW = 2.0  # seconds; see LEASE of the publisher
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # between two JOINs that nobody answers
 AT_A_TIME = 256  # datagrams that one try looks at
 _TOPICS = 4096  # of which it is remembered whether we want them
