@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import example, given
@@ -420,26 +421,56 @@ def test_strangers_cost_a_count(url):
         assert publisher.stats()["subscribers"] == 1
 
 
+def answer(sock):
+    """What the publisher says to us; its last number it may say at any time."""
+    while True:
+        datagram = sock.recv(1000)
+        heard = wire.read(datagram, len(datagram))
+        if heard.kind != wire.NUMBER:
+            return heard
+
+
 def test_spoofed_joins_keep_nothing(place, monkeypatch):
     """Without its cookie nobody gets in; with it, so many at a time and so many at all."""
     monkeypatch.setattr(_udppublisher, "_LEASES", 5)
     with ipckit.publisher(place) as publisher:
         shout(publisher.url, [wire.join(bytes(8), b"%08d" % n, os.urandom(16)) for n in range(500)])
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(5)
-            sock.connect(("127.0.0.1", publisher.url.host.port))
+        with ExitStack() as opened:
+            sockets = []
             for n in range(8):
+                sock = opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                sock.settimeout(5)
+                sock.connect(("127.0.0.1", publisher.url.host.port))
+                sockets.append(sock)
                 sock.send(wire.join(bytes(8), b"%08d" % n, bytes(16)))
-                heard = wire.read(datagram := sock.recv(1000), len(datagram))
+                heard = answer(sock)
                 assert heard.kind == wire.CHALLENGE
                 sock.send(wire.join(bytes(8), b"%08d" % n, heard.cookie))
                 if n < 5:
-                    assert sock.recv(1000)[wire.KIND_AT] == wire.WELCOME
+                    assert answer(sock).kind == wire.WELCOME
             until(lambda: publisher.stats()["refused"] == 3)
             assert publisher.stats()["subscribers"] == 5
             for n in range(5):
-                sock.send(wire.leave(bytes(8), b"%08d" % n))
+                sockets[n].send(wire.leave(bytes(8), b"somebody"))
+                sockets[n].send(wire.leave(bytes(8), b"%08d" % n))
             until(lambda: publisher.stats()["subscribers"] == 0)
+
+
+def test_who_comes_to_a_dead_ones_address_takes_its_place(place):
+    """And is sent nothing that was the other's."""
+    with ipckit.publisher(place) as publisher, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(5)
+        sock.connect(("127.0.0.1", publisher.url.host.port))
+        for member in (b"the dead", b"the next"):
+            sock.send(wire.join(bytes(8), member, bytes(16)))
+            cookie = answer(sock).cookie
+            sock.send(wire.join(bytes(8), member, cookie))
+            welcome = answer(sock)
+            assert (welcome.kind, welcome.member) == (wire.WELCOME, member)
+            publisher.publish(b"x", "t")
+            heard = answer(sock)
+            assert (heard.kind, heard.number) == (wire.DATA, welcome.number + 1)
+        assert publisher.stats()["subscribers"] == 1
 
 
 def test_made_up_publishers_do_not_crowd_out_real_ones(group, monkeypatch):

@@ -63,9 +63,14 @@ class Lease:
     """Where datagrams go: one subscriber's address, or the group's; with the numbers of what is sent there."""
 
     def __init__(
-        self, address: Any, number: int, patterns: tuple[str, ...], source: list[tuple[int, int, bytes]]
+        self,
+        address: Any,
+        member: bytes,
+        number: int,
+        patterns: tuple[str, ...],
+        source: list[tuple[int, int, bytes]],
     ) -> None:
-        self.address = address
+        self.address, self.member = address, member
         self.number = self.first = number
         self.source = source  # which address of ours it has spoken to, as ancillary data
         self.until = 0.0
@@ -90,8 +95,8 @@ class UdpPublisher:
         self._lock = threading.Lock()
         self._sock, self._terms = sock, terms
         self._session = os.urandom(wire.SESSION)
-        self._everybody = None if group is None else Lease(group, 0, (">",), [])
-        self._leases: dict[tuple[Any, bytes], Lease] = {}
+        self._everybody = None if group is None else Lease(group, b"", 0, (">",), [])
+        self._leases: dict[Any, Lease] = {}  # by address: who comes to one that a dead one had, takes its place
         self._highest = 0  # number that was ever given to a message
         self._room = wire.MAX_DATAGRAM - wire.KEPT_HEAD
         self._limit = min(limit, self._room)
@@ -328,37 +333,37 @@ class UdpPublisher:
             except errors.ProtocolError:
                 self._refused += 1
                 continue
-            if heard.kind == wire.JOIN:
-                self._join(heard, address, spoken_to(ancillary), now)
-            elif self._leases.pop((address, heard.member), None) is not None:
+            lease = self._leases.get(address)
+            ours = lease is not None and lease.member == heard.member
+            if heard.kind == wire.JOIN and lease is not None and ours:
+                lease.until = now + LEASE
+                self._tell(wire.welcome(self._session, lease.member, lease.first), lease)
+            elif heard.kind == wire.JOIN and not self._closed and self._answers.take(now):
+                self._join(heard, address, coming_from(spoken_to(ancillary), self._sock.family), now)
+            elif heard.kind == wire.LEAVE and ours:
+                del self._leases[address]
                 self._changed.ring()
 
-    def _join(self, heard: wire.Heard, address: Any, here: str | None, now: float) -> None:
-        key = address, heard.member
-        lease = self._leases.get(key)
-        if lease is None:
-            answer_to = Lease(address, 0, (), coming_from(here, self._sock.family))
-            if self._closed or not self._answers.take(now):
-                return
-            known = heard.session in (self._session, wire.NO_SESSION)  # else it means a process that was here before
-            if not known or not self._cookies.good(heard.cookie, address, heard.member):
-                cookie = self._cookies.make(address, heard.member)
-                self._tell(wire.challenge(self._session, heard.member, cookie), answer_to)
-                return
-            if len(self._leases) >= _LEASES or not self._joins.take(now):
-                self._refused += 1
-                return
-            number = self._highest  # of its own numbers as well: never below what an earlier lease of its came to
-            lease = self._leases[key] = Lease(address, number, heard.patterns or (">",), answer_to.source)
-            lease.until = now + LEASE
-            self._tell(wire.welcome(self._session, heard.member, number), lease)
-            self._give_retained(lease, heard.member)
-            self._changed.ring()
+    def _join(self, heard: wire.Heard, address: Any, source: list[tuple[int, int, bytes]], now: float) -> None:
+        """Somebody new, or so it says."""
+        known = heard.session in (self._session, wire.NO_SESSION)  # else it means a process that was here before
+        if not known or not self._cookies.good(heard.cookie, address, heard.member):
+            cookie = self._cookies.make(address, heard.member)
+            self._tell(wire.challenge(self._session, heard.member, cookie), Lease(address, b"", 0, (), source))
             return
+        if (len(self._leases) >= _LEASES and address not in self._leases) or not self._joins.take(now):
+            self._refused += 1
+            return
+        if (old := self._leases.get(address)) is not None:
+            self._rest = deque(each for each in self._rest if each[0] is not old)
+        number = self._highest  # so what a lease of its had before, and is under way, is none of the new one's
+        lease = self._leases[address] = Lease(address, heard.member, number, heard.patterns or (">",), source)
         lease.until = now + LEASE
-        self._tell(wire.welcome(self._session, heard.member, lease.first), lease)
+        self._tell(wire.welcome(self._session, heard.member, number), lease)
+        self._give_retained(lease)
+        self._changed.ring()
 
-    def _give_retained(self, lease: Lease, member: bytes) -> None:
+    def _give_retained(self, lease: Lease) -> None:
         """The last of each topic, in the order in which they were published. In a group the others skip them, by number."""
         wanted = [each for topic, kept in self._retained.items() if lease.wants(topic) for each in kept]
         for _, frame in sorted(wanted):
@@ -366,6 +371,6 @@ class UdpPublisher:
             self._number(to)
             head = wire.data(self._session, to.number)
             if self._everybody is not None:
-                head = wire.kept(self._session, to.number, member)
+                head = wire.kept(self._session, to.number, lease.member)
             self._rest.append((to, head, frame))
         self._pushed()
