@@ -102,7 +102,7 @@ class UdpTransport(Transport[Options], Topics[TopicOptions]):
 
     def capabilities_of(self, url: Url) -> Capabilities:
         if is_group(url):
-            return replace(self.capabilities, patterns=frozenset({"pubsub"}), listen=False, fileno=False)
+            return replace(self.capabilities, patterns=frozenset({"pubsub"}), fileno=False)
         return self.capabilities
 
     def publisher(self, url: Url, options: TopicOptions, terms: PublishTerms) -> Steps[Publishing]:
