@@ -12,6 +12,7 @@ the end `judge` sorts each message:
                     are not what was sent
     doubled         in the log twice under one id: the broker's deduplication failed. Found by the entries' own numbers
     forgotten       tried, and then neither acknowledged, nor raised as unknown: a sender that says nothing
+    kept            in the hands of a receiver that was killed, not settled, and not handed out again
 
 It knows no broker, and is itself tested on planted faults (`test_checker.py`).
 """
@@ -75,6 +76,9 @@ class Books:
     # message, or None for bytes that are not whole -> how often, and under which entries of the log
     delivered: Counter[tuple[int, int] | None] = field(default_factory=Counter)
     entries: dict[tuple[int, int], set[str]] = field(default_factory=dict)
+    abandoned: Counter[tuple[int, int]] = field(
+        default_factory=Counter
+    )  # how often a receiver got it and did not settle it
     killed: set[int] = field(default_factory=set)  # senders that were killed: their last tries have no outcome
 
     def delivery(self, message: tuple[int, int] | None, entry: str) -> None:
@@ -96,6 +100,7 @@ class Verdict:
     doubled: list[tuple[int, int]] = field(default_factory=list)
     unexpected: list[object] = field(default_factory=list)
     forgotten: list[tuple[int, int]] = field(default_factory=list)
+    kept: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def lost(self) -> int:
@@ -110,6 +115,7 @@ class Verdict:
             "doubled": self.doubled,
             "unexpected": self.unexpected,
             "forgotten": self.forgotten,
+            "not handed out again": self.kept,
         }
         return [f"{name}: {len(which)}, such as {which[:5]}" for name, which in named.items() if which]
 
@@ -118,7 +124,8 @@ class Verdict:
             f"acknowledged {self.acknowledged}, delivered {self.delivered} (again: {self.redelivered}), "
             f"unknown {self.unknown} (of them delivered: {self.unknown_delivered}), lost {self.lost} "
             f"(beginning {len(self.lost_prefix)}, middle {len(self.lost_middle)}, end {len(self.lost_end)}), "
-            f"doubled {len(self.doubled)}, unexpected {len(self.unexpected)}, forgotten {len(self.forgotten)}"
+            f"doubled {len(self.doubled)}, unexpected {len(self.unexpected)}, forgotten {len(self.forgotten)}, "
+            f"kept {len(self.kept)}"
         )
 
 
@@ -147,4 +154,6 @@ def judge(books: Books) -> Verdict:
     verdict.doubled = sorted(message for message, entries in books.entries.items() if len(entries) > 1)
     silent = books.tried - books.acknowledged - books.unknown - books.refused
     verdict.forgotten = sorted(message for message in silent if message[0] not in books.killed)
+    # The last time that it was handed out, somebody must have settled it.
+    verdict.kept = sorted(message for message, times in books.abandoned.items() if books.delivered[message] <= times)
     return verdict

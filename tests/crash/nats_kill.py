@@ -1,45 +1,30 @@
 """Kill a NATS server, the leader of a cluster, or the consumers of a queue, under load, and account for every message.
 
-    python tests/crash/nats_kill.py --role server --kills 20 --messages 50000 --seed 1
-    python tests/crash/nats_kill.py --role consumer --kills 200 --messages 20000
-    python tests/crash/nats_kill.py --role leader --kills 5 --messages 5000
+    python -m tests.crash.nats_kill --role server --kills 20 --messages 50000 --seed 1
+    python -m tests.crash.nats_kill --role consumer --kills 200 --messages 20000
+    python -m tests.crash.nats_kill --role leader --kills 5 --messages 5000
 
-The senders, the journals and the verdict are those of `redis_kill` and `checker`. The server syncs before it acknowledges, and
+The senders, the journals and the verdict are those of `harness` and `checker`. The server syncs before it acknowledges, and
 the senders ask for it (fsync=always). At the end everything is drained, the journals are judged, and the server's
 `num_ack_pending` is compared with what the last receiver holds.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import importlib.util
-import os
 import random
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import nats
 
 import ipckit
-from ipckit import errors
 from ipckit.testing.servers import nats_cluster, nats_server
 
+from . import checker, harness
+from .harness import until
 
-def _load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-checker, base = _load("checker"), _load("redis_kill")
 STREAM = "kills"
 ACK_WAIT = 5  # seconds; what a killed consumer had is somebody else's then
 
@@ -49,44 +34,8 @@ def sequence_of(message):
     return message._parcel.token.message.reply.split(".")[5]
 
 
-def receive(url, directory, me, chance):
-    journal = checker.Journal(directory / f"receiver-{me}-{os.getpid()}")
-    done = directory / "done"
-    with ipckit.receiver(url, ack="manual") as jobs:
-        while not done.exists():
-            try:
-                messages = jobs.recv_many(chance.choice([1, 4, 32]), timeout=0.1)
-            except errors.Timeout:
-                continue
-            rows = []
-            for message in messages:
-                sender, number = checker.read_body(message.value) or (-1, -1)
-                rows.append(("got", sender, number, sequence_of(message)))
-            journal.note_many(rows)  # a kill between this and the acknowledgement is a redelivery
-            for message in messages:
-                if chance.random() < 0.02:
-                    message.nack(delay=chance.choice([0, 0.05]))
-                else:
-                    message.ack()
-    journal.close()
-
-
 def part(argv):
-    kind, url, directory, me, seed = argv
-    chance = random.Random(int(seed))
-    signal.alarm(900)  # a harness that is gone ends us too
-    if kind == "one":
-        base.send_one_by_one(url, Path(directory), int(me), chance)
-    elif kind == "many":
-        asyncio.run(base.send_many_at_once(url, Path(directory), int(me), chance))
-    else:
-        receive(url, Path(directory), int(me), chance)
-
-
-class Parties(base.Parties):
-    def start(self, kind, me):
-        words = [sys.executable, __file__, "--part", kind, self.url, str(self.directory), str(me)]
-        self.running[kind, me] = subprocess.Popen([*words, str(self.chance.randrange(1 << 30))])
+    harness.part(argv, sequence_of)
 
 
 def ask(servers, question):
@@ -119,7 +68,7 @@ def leader_of(servers):
 
 def run(role, kills, messages, seed, directory):
     chance = random.Random(seed)
-    report = base.Report()
+    report = harness.Report()
     with ExitStack() as stack:
         if role == "leader":
             servers = stack.enter_context(nats_cluster(3))
@@ -131,11 +80,11 @@ def run(role, kills, messages, seed, directory):
             f"{name}={value}" for name, value in {**options, "ack_wait": f"{ACK_WAIT}s", "dedup": "1h"}.items()
         )
         url = f"nats://{','.join(server.url.removeprefix('nats://') for server in servers)}/{STREAM}?{query}"
-        parties = Parties(url, directory, chance)
+        parties = harness.Parties(__spec__.name, url, directory, chance)
         stack.callback(parties.close)
         for kind, me in (("one", 1), ("many", 2), ("receiver", 1), ("receiver", 2)):
             parties.start(kind, me)
-        base.until(lambda: len(base.all_busy(directory)) == 4, "everybody at work", report.faults)
+        until(parties.at_work, "everybody at work", report.faults)
         for kill in range(kills):
             time.sleep(chance.uniform(0.02, 0.6))
             if role == "server":
@@ -144,7 +93,7 @@ def run(role, kills, messages, seed, directory):
                 servers[0].start()
             elif role == "leader":
                 found = []
-                base.until(lambda found=found: found.append(leader_of(servers)) or found[-1], "a leader", report.faults)
+                until(lambda found=found: found.append(leader_of(servers)) or found[-1], "a leader", report.faults)
                 found[-1].kill()
             else:
                 me = chance.choice([1, 2])
@@ -152,9 +101,7 @@ def run(role, kills, messages, seed, directory):
                 parties.start("receiver", me)
             report.kills = kill + 1
             pace = messages * report.kills // kills  # kills spread over the load
-            base.until(
-                lambda pace=pace: base.acknowledged(directory) >= pace, f"{pace} acknowledgements", report.faults
-            )
+            until(lambda pace=pace: harness.acknowledged(directory) >= pace, f"{pace} acknowledgements", report.faults)
             if role == "leader":
                 found[-1].start()
         (directory / "stop").touch()
@@ -167,10 +114,10 @@ def run(role, kills, messages, seed, directory):
             info = ask(servers, consumer)
             return info is not None and not info.num_pending and not info.num_ack_pending
 
-        base.until(drained, "everything drained", report.faults)
+        until(drained, "everything drained", report.faults)
         (directory / "done").touch()
         report.faults += parties.wait("receiver")
-        books = base.read_books(directory)
+        books = harness.read_books(directory)
         report.verdict = checker.judge(books)
         report.faults += report.verdict.faults
         report.faults += pending_faults(url, lambda: ask(servers, consumer))
@@ -189,23 +136,5 @@ def pending_faults(url, consumer):
     return [] if found == (0, 4) else [f"(pending, unacknowledged) is {found}, and the model says (0, 4)"]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--role", choices=["server", "consumer", "leader"], default="server")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--messages", type=int, default=50_000, help="acknowledged ones, at least")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    parser.add_argument("--part", nargs=5, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.part:
-        part(options.part)
-        return 0
-    print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        report = run(options.role, options.kills, options.messages, options.seed, Path(directory))
-    print(report)
-    return 1 if report.faults else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main(__doc__, part, run, roles=["server", "consumer", "leader"], kills=20, messages=50_000))

@@ -1,21 +1,7 @@
 """The checker, held to faults that were planted."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
-
-
-def load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-checker = load("checker")
+from tests.crash import checker, harness
 
 
 def books():
@@ -92,6 +78,31 @@ def test_silence_is_found_unless_the_sender_was_killed():
     assert checker.judge(some).forgotten == [(2, 10)]
     some.killed.add(2)
     assert checker.judge(some).faults == []
+
+
+def test_what_a_killed_receiver_had_must_be_handed_out_again():
+    some = books()
+    some.abandoned[2, 3] = 1  # the one that was redelivered
+    assert checker.judge(some).faults == []
+    some.abandoned[1, 5] = 1
+    assert checker.judge(some).kept == [(1, 5)]
+    some.delivery((1, 5), "1-5")
+    assert checker.judge(some).faults == []
+    some.abandoned[1, 5] = 2
+    assert checker.judge(some).kept == [(1, 5)]
+
+
+def test_journals_become_books(tmp_path):
+    (tmp_path / "sender-1").write_text("try 1 0\ntry 1 1\nunknown 1 1\nack 1 0\nack 1 1\ntry 1 2\n")
+    (tmp_path / "receiver-1-17").write_text("open\ngot 1 0 a\ngot 1 1 b\nsettle 1 0\n")
+    (tmp_path / "receiver-1-18").write_text("open\ngot 1 1 b\nsettle 1 1\ngot -1 -1 c\nsettle -1 -1\n")
+    found = harness.read_books(tmp_path)
+    assert found.tried == {(1, 0), (1, 1), (1, 2)}
+    assert found.acknowledged == {(1, 0), (1, 1)}
+    assert not found.unknown
+    assert found.delivered == {(1, 0): 1, (1, 1): 2, None: 1}
+    assert found.abandoned == {(1, 1): 1}
+    assert harness.acknowledged(tmp_path) == 2
 
 
 def test_bodies_show_damage():
