@@ -1,16 +1,22 @@
-"""No transport without its conformance class: a scheme in the registry that no class covers fails here."""
+"""No transport without its conformance classes: each pattern that a scheme of the registry declares has one, or fails here."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
-from ipckit import _registry
-from ipckit.testing.conformance import ChannelContract
+import pytest
+
+from ipckit import _registry, capabilities
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
+from ipckit.testing.conformance._base import Contract
+
+CONTRACTS: dict[str, type[Contract]] = {"channel": ChannelContract, "queue": QueueContract, "pubsub": PubSubContract}
 
 
-def covered() -> set[str]:
-    schemes: set[str] = set()
+def classes() -> list[type[Contract]]:
+    """The conformance classes of this directory."""
+    found: dict[type[Contract], None] = {}
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         if path.name == Path(__file__).name:
             continue
@@ -20,11 +26,25 @@ def covered() -> set[str]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, ChannelContract) and value is not ChannelContract:
+            if isinstance(value, type) and issubclass(value, Contract) and value.__module__ == module.__name__:
                 assert value.schemes, f"{path.name}: {value.__name__} does not say which schemes it covers"
-                schemes |= set(value.schemes)
-    return schemes
+                found[value] = None
+    return list(found)
 
 
-def test_every_scheme_has_a_conformance_class() -> None:
-    assert set(_registry.schemes()) - covered() == set()
+CLASSES = classes()
+
+
+@pytest.mark.parametrize("pattern", CONTRACTS)
+def test_every_scheme_has_a_conformance_class(pattern: str) -> None:
+    declared = {scheme for scheme in _registry.schemes() if pattern in capabilities(f"{scheme}://").patterns}
+    covered = {scheme for each in CLASSES if issubclass(each, CONTRACTS[pattern]) for scheme in each.schemes}
+    assert declared - covered == set(), f"these declare {pattern!r}, and no class holds them to it"
+
+
+def test_no_class_is_skipped_throughout() -> None:
+    """A class whose scheme does not declare its pattern would skip every test, and look like a pass."""
+    for each in CLASSES:
+        (pattern,) = (name for name, contract in CONTRACTS.items() if issubclass(each, contract))
+        for scheme in each.schemes:
+            assert pattern in capabilities(f"{scheme}://").patterns, f"{each.__name__}: {scheme} has no {pattern}"

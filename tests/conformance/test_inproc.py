@@ -14,12 +14,16 @@ class TestInproc(ChannelContract):
 
 
 class TestInprocQueue(QueueContract):
+    schemes = ("inproc",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"inproc://{uuid4().hex}"
 
 
 class TestInprocTopics(PubSubContract):
+    schemes = ("inproc",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"inproc://{uuid4().hex}"

@@ -54,7 +54,7 @@ def roomy():
 
 
 class TestNatsQueue(QueueContract):
-    schemes = ("nats", "nats+tls")
+    schemes = ("nats", "nats+tls")  # the same over TLS: tests/unit/test_nats_queue.py
 
     @pytest.fixture
     def url(self, roomy: Server) -> str:
@@ -78,7 +78,7 @@ class TestNatsQueueLanes(QueueContract):
 
 
 class TestNatsTopics(PubSubContract):
-    schemes = ("nats",)
+    schemes = ("nats", "nats+tls")
 
     @pytest.fixture
     def url(self, roomy: Server) -> str:

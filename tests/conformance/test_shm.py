@@ -12,12 +12,16 @@ class TestShm(ChannelContract):
 
 
 class TestShmQueue(QueueContract):
+    schemes = ("shm",)
+
     @pytest.fixture
     def url(self) -> str:
         return "shm://contract"
 
 
 class TestShmTopics(PubSubContract):
+    schemes = ("shm",)
+
     @pytest.fixture
     def url(self) -> str:
         return "shm://contract"

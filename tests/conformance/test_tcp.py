@@ -12,12 +12,16 @@ class TestTcp(ChannelContract):
 
 
 class TestTcpQueue(QueueContract):
+    schemes = ("tcp",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"tcp://127.0.0.1:{free_port()}"
 
 
 class TestTcpTopics(PubSubContract):
+    schemes = ("tcp",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"tcp://127.0.0.1:{free_port()}"

@@ -24,12 +24,16 @@ class TestTls(ChannelContract):
 
 
 class TestTlsQueue(QueueContract):
+    schemes = ("tls",)
+
     @pytest.fixture
     def url(self, certificate: Path) -> str:
         return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"
 
 
 class TestTlsTopics(PubSubContract):
+    schemes = ("tls",)
+
     @pytest.fixture
     def url(self, certificate: Path) -> str:
         return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"

@@ -12,12 +12,16 @@ class TestUnix(ChannelContract):
 
 
 class TestUnixQueue(QueueContract):
+    schemes = ("unix",)
+
     @pytest.fixture
     def url(self) -> str:
         return "unix://queue"
 
 
 class TestUnixTopics(PubSubContract):
+    schemes = ("unix",)
+
     @pytest.fixture
     def url(self) -> str:
         return "unix://contract"

@@ -28,36 +28,48 @@ class TestZmqInproc(ChannelContract):
 
 
 class TestZmqTcpQueue(QueueContract):
+    schemes = ("zmq+tcp",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"zmq+tcp://127.0.0.1:{free_port()}"
 
 
 class TestZmqIpcQueue(QueueContract):
+    schemes = ("zmq+ipc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+ipc://conformance"
 
 
 class TestZmqInprocQueue(QueueContract):
+    schemes = ("zmq+inproc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance"
 
 
 class TestZmqTcpTopics(PubSubContract):
+    schemes = ("zmq+tcp",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"zmq+tcp://127.0.0.1:{free_port()}"
 
 
 class TestZmqIpcTopics(PubSubContract):
+    schemes = ("zmq+ipc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+ipc://conformance"
 
 
 class TestZmqInprocTopics(PubSubContract):
+    schemes = ("zmq+inproc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance"

@@ -6,6 +6,7 @@ import secrets
 import time
 
 import pytest
+import trustme
 
 pytest.importorskip("nats")
 
@@ -365,3 +366,21 @@ def test_bad_names(shared, path):
 def test_a_bad_group(shared, name):
     with pytest.raises(errors.BadOption, match="group"):
         ipckit.receiver(shared.address(f"/{name}"), group="a.b", timeout=HANG)
+
+
+def test_over_tls(tmp_path, name):
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    with nats_server(tls=(tmp_path / "cert.pem", tmp_path / "key.pem")) as server:
+        url = server.address(f"/{name}", cafile=str(tmp_path / "ca.pem"))
+        assert url.startswith("nats+tls://")
+        with ipckit.sender(url) as jobs, ipckit.receiver(url) as received:
+            jobs.send(b"a job")
+            assert received.recv(HANG).value == b"a job"
+        url = server.address(f"/{name}-topics", cafile=str(tmp_path / "ca.pem"))
+        with ipckit.publisher(url) as topics, ipckit.subscriber(url, topics=["eu.*"]) as heard:
+            topics.publish(b"news", "eu.paris")
+            assert heard.recv(HANG).value == b"news"

@@ -115,15 +115,15 @@ def test_a_taken_port_is_waited_for():
         assert server.pid is not None
 
 
-def test_a_free_port_that_is_taken_meanwhile_is_chosen_again(monkeypatch):
-    with socket.socket() as thief:
-        thief.bind(("127.0.0.1", 0))
-        thief.listen()
-        choices = [thief.getsockname()[1], servers._free_port()]
-        monkeypatch.setattr(servers, "_free_port", lambda: choices.pop(0))
-        with redis_server() as server:
-            assert redis_ask(server, "PING") == [b"+PONG"]
-        assert not choices
+@pytest.mark.parametrize("factory", [nats_server, redis_server])
+def test_its_port_is_kept_while_it_is_down(factory):
+    with factory() as server:
+        server.kill()
+        host = parse(server.url).host
+        with socket.socket() as thief, pytest.raises(OSError, match="in use"):
+            thief.bind((host.name, host.port))
+        server.start()
+        assert server.pid is not None
 
 
 @pytest.mark.parametrize("factory", [nats_server, redis_server])

