@@ -312,10 +312,10 @@ class Connection:
             self.home.close(self._farewell, self._let_go)
 
     async def _farewell(self) -> None:
-        if self._life is not None:
-            self._life.cancel()
         if self.last_words is not None and self.client.is_connected:
             await self.last_words()
+        if self._life is not None:
+            self._life.cancel()  # it closes the client: not before the last word
         await self.client.close()
 
     def _let_go(self) -> None:
