@@ -316,6 +316,7 @@ class Connection:
             await self.last_words()
         if self._life is not None:
             self._life.cancel()  # it closes the client: not before the last word
+            await asyncio.gather(self._life, return_exceptions=True)
         await self.client.close()
 
     def _let_go(self) -> None:

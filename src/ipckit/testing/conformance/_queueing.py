@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
 
 from ipckit import errors
 
+from ._parties import HANG, End
 from ._programs import promptly
 
 
@@ -22,6 +24,21 @@ class Taken(NamedTuple):
     redelivered: int
     topic: str
     gap: int
+
+
+#: The end of what is taken: silence says little on a busy machine, and costs time on every other.
+STOP = b"stop"
+
+
+def stopped(say: Callable[[], object], taking: Mapping[Future[list[Taken]], End]) -> None:
+    """End those who compete for messages, one after the other: whoever hears STOP leaves, so the next goes to another."""
+    left = dict(taking)
+    while left:
+        say()
+        done, _ = wait(left, HANG, FIRST_COMPLETED)
+        assert done, "nobody heard it"
+        for future in done:
+            left.pop(future).close()
 
 
 def taken(message: Any) -> Taken:
@@ -69,16 +86,18 @@ async def take(end: Any, count: int, verb: str | None = None, timeout: float = 2
     return got
 
 
-async def take_all(end: Any, quiet: float = 1.0, verb: str | None = None) -> list[Taken]:
-    """Receive, and settle each with `verb`, until nothing came for a while or there is nobody any more."""
+async def take_all(end: Any, quiet: float, verb: str | None = None) -> list[Taken]:
+    """Receive, and settle each with `verb`, until `STOP`, or nothing came for a while, or it was closed, or there is nobody."""
     got: list[Taken] = []
     try:
         while True:
             message = await end.recv(quiet)
+            if message.value == STOP:
+                return got
             got.append(taken(message))
             if verb is not None:
                 await settle(message, verb)
-    except (errors.Timeout, errors.PeerError):
+    except (errors.Timeout, errors.PeerError, errors.Closed):
         return got
 
 

@@ -15,7 +15,7 @@ from ._base import Contract, eventually, raises
 from ._parties import HANG, End, Local, Party
 from ._process import Process, Remote
 from ._programs import payload, sizes
-from ._queueing import Taken, publish, take, take_all
+from ._queueing import STOP, Taken, publish, stopped, take, take_all
 from .queue import numbered, values
 
 
@@ -94,8 +94,10 @@ class PubSubContract(Contract):
         publisher, (first, second) = self.gather(here, [there, neighbour], url, group="metrics")
         alone = neighbour.open("subscriber", publisher.url, timeout=10).result(HANG)
         publisher.call("wait_for_subscribers", 3, 10)
-        receiving = [subscriber.run(take_all) for subscriber in (first, second, alone)]
+        receiving = [subscriber.run(take_all, HANG, "ack") for subscriber in (first, second, alone)]
         publisher.run(publish, [(value, "t") for value in numbered(40)]).result(HANG)
+        taking = dict(zip(receiving, (first, second, alone), strict=True))
+        stopped(lambda: publisher.call("publish", STOP, "t", 10), taking)
         one, two, everything = (values(future.result(HANG)) for future in receiving)
         assert sorted(one + two, key=int) == numbered(40)
         assert one
@@ -205,14 +207,14 @@ class PubSubContract(Contract):
     def test_stopped_subscriber(
         self, here: Local, spawned: Remote, process: Process, url: str, capabilities: Capabilities
     ) -> None:
-        """One that stands still for a second is not dead, and misses nothing it was not told of."""
+        """One that stands still for a while is not dead, and misses nothing it was not told of."""
         self.needs(capabilities.reliable, "reliable")
         publisher, (subscriber,) = self.gather(here, [spawned], url)
         receiving = subscriber.run(take, 200)
         process.signal(signal.SIGSTOP)
         try:
             sending = publisher.run(publish, [(value, "t") for value in numbered(200)])
-            time.sleep(1.0)
+            time.sleep(0.3)
         finally:
             process.signal(signal.SIGCONT)
         sending.result(HANG)
