@@ -166,6 +166,7 @@ class QueueContract(Contract):
         sender, receivers = self.compete(here, [there, neighbour, there], url)
         receiving = [receiver.run(take_all, HANG, "ack") for receiver in receivers]
         sender.run(give, numbered(120)).result(HANG)
+        sender.call("drain", HANG)  # an acknowledgement that is still on its way is not known when its receiver leaves
         stopped(lambda: sender.call("send", STOP, 10), dict(zip(receiving, receivers, strict=True)))
         got = Counter(value for future in receiving for value in values(future.result(HANG)))
         assert got == Counter(numbered(120))
