@@ -22,6 +22,8 @@ from ._wait import Gate, Lane, arun, run
 from .codecs import Codec, choose
 from .message import Parcel
 
+_AT_ONCE = 1024  # messages of a batch that an outlet is offered in one call
+
 T = TypeVar("T")
 
 
@@ -94,9 +96,33 @@ def located(resource: object, url: Url) -> Url:
     return resource.url if isinstance(resource, Located) else url
 
 
-def put_many(outlet: Outlet, parcels: Sequence[Parcel]) -> int:
-    """How many of them the outlet has taken at once."""
-    return outlet.try_put_many(parcels) if len(parcels) > 1 and isinstance(outlet, Batching) else 0
+def put(outlet: Outlet, parcel: Parcel) -> Steps[None]:
+    while not outlet.try_put(parcel):
+        wait = outlet.arm(Want.SEND)
+        if outlet.try_put(parcel):
+            return
+        yield wait
+
+
+def put_all(outlet: Outlet, parcels: Sequence[Parcel], url: Url, operation: str) -> Steps[int]:
+    """Put and `confirm` them; how many, which is fewer only when the time was up."""
+    at_once = outlet.try_put_many if len(parcels) > 1 and isinstance(outlet, Batching) else None
+    done = 0
+    try:
+        while done < len(parcels):
+            if at_once is not None and (taken := at_once(parcels[done : done + _AT_ONCE])):
+                done += taken
+            else:
+                yield from put(outlet, parcels[done])
+                done += 1
+    except errors.Timeout:
+        if not done:
+            raise
+        confirm_in_time(outlet, parcels[:done], url, operation)
+        return done
+    if done:
+        yield from confirm(outlet, parcels, url, operation)
+    return done
 
 
 def confirm(outlet: Outlet, parcels: Sequence[Parcel], url: Url, operation: str) -> Steps[None]:

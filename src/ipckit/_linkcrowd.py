@@ -16,13 +16,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from . import errors
 from ._linkdialer import Dialer
 from ._linkwatch import GONE, Watch
-from ._spi import Abandoning, Link, Listener, Wait, Want
+from ._spi import Abandoning, Fused, Link, Listener, Wait, Want
 from ._url import Url
 
 _log = logging.getLogger("ipckit")
@@ -242,6 +243,27 @@ class Crowd(Generic[M]):
             self.lose(member, error)
             return False
         self.wants(member, member.unsent or not taken)
+        return taken
+
+    def send_many(self, member: M, frames: Sequence[bytes]) -> int:
+        """How many of them, from the first on, this member's link took. None if it is lost, or one of them is too large."""
+        if member.lost:
+            return 0
+        link, taken = member.link, 0
+        try:
+            if isinstance(link, Fused):
+                with suppress(errors.Timeout):
+                    taken = link.send_many(frames, 0)
+            else:
+                while taken < len(frames) and link.try_send(frames[taken]):
+                    taken += 1
+            member.unsent = not link.try_flush()
+        except errors.MessageTooLarge:
+            return taken
+        except BROKEN as error:
+            self.lose(member, error)
+            return 0
+        self.wants(member, member.unsent or taken < len(frames))
         return taken
 
     def flush(self, member: M) -> bool:

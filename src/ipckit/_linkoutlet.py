@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ _log = logging.getLogger("ipckit")
 #: Bytes out at one receiver without an acknowledgement; one message may always be.
 _MOST_BYTES = 64 << 20
 _TICK = 0.05
+_AT_ONCE = 64  # messages of a batch that one receiver is given before the next one's turn
 _GLANCE = 32  # messages after which acknowledgements are read though there is room
 
 
@@ -51,9 +52,27 @@ class Taker(Member):
     def has_room(self, size: int) -> bool:
         return self.hailed and len(self.out) < self.window and (not self.out or self.bytes_out + size <= _MOST_BYTES)
 
+    def note(self, parcel: Parcel) -> None:
+        """Its link has taken this one."""
+        self.number += 1
+        self.out[self.number] = parcel
+        self.bytes_out += len(parcel.body)
+
+    def reserve(self, parcel: Parcel) -> bool:
+        """`note` it if there is room, before its link takes it."""
+        room = not parcel.priority and self.has_room(len(parcel.body))
+        if room:
+            self.note(parcel)
+        return room
+
+    def release(self) -> None:
+        """The link did not take the last one that was reserved."""
+        self.bytes_out -= len(self.out.pop(self.number).body)
+        self.number -= 1
+
 
 class LinkOutlet:
-    """`Outlet`, `Draining`, and `Tended` by the keeper."""
+    """`Outlet`, `Batching`, `Draining`, and `Tended` by the keeper."""
 
     def __init__(self, url: Url, door: Listener | Dialer[Link], first: Link | None) -> None:
         self._lock = threading.Lock()
@@ -97,14 +116,31 @@ class LinkOutlet:
                 if not self._hand_out_again() or not self._give(parcel):
                     self._crowd.leave()
                     return False
-            self._sent += 1
-            self._bytes += len(parcel.body)
-            self._calls += 1
-            if self._asleep:
-                self._asleep = False
-                keeper.look()
+            self._given((parcel,))
             self._crowd.leave()
             return True
+
+    def try_put_many(self, parcels: Sequence[Parcel]) -> int:
+        with self._lock:
+            self._crowd.check()
+            self._listen()
+            taken = 0
+            while taken < len(parcels) and self._hand_out_again():
+                given = self._give_some(parcels[taken : taken + _AT_ONCE])
+                if not given:
+                    break
+                taken += given
+            self._given(parcels[:taken])
+            self._crowd.leave()
+            return taken
+
+    def _given(self, parcels: Sequence[Parcel]) -> None:
+        self._sent += len(parcels)
+        self._bytes += sum(len(parcel.body) for parcel in parcels)
+        self._calls += 1
+        if self._asleep:
+            self._asleep = False
+            keeper.look()
 
     def try_flush(self) -> bool:
         with self._lock:
@@ -196,9 +232,7 @@ class LinkOutlet:
         for _ in range(len(members)):
             taker = members[0]
             if taker.has_room(len(parcel.body)) and self._crowd.send(taker, frame):
-                taker.number += 1
-                taker.out[taker.number] = parcel
-                taker.bytes_out += len(parcel.body)
+                taker.note(parcel)
                 self._next()
                 return True
             if not taker.lost:
@@ -206,6 +240,22 @@ class LinkOutlet:
             if not members:
                 break
         return False
+
+    def _give_some(self, parcels: Sequence[Parcel]) -> int:
+        """As `_give`: how many of them, to the next receiver that has room for any."""
+        members = self._crowd.members
+        for _ in range(len(members)):
+            taker = members[0]
+            some = list(itertools.takewhile(taker.reserve, parcels))
+            sent = self._crowd.send_many(taker, [wire.message(parcel) for parcel in some]) if some else 0
+            if taker.lost:  # and all of them go out again
+                return len(some)
+            for _ in range(len(some) - sent):
+                taker.release()
+            self._next()
+            if sent:
+                return sent
+        return 0
 
     def _next(self) -> None:
         members = self._crowd.members

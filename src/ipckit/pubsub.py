@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, Yielding, confirm, confirm_in_time, located, put_many
+from ._endpoint import Endpoint, Opening, Yielding, located, put_all
 from ._spi import Intake, OnFull, Publishing, PublishTerms, SpinningIntake, Steps, Topics, TopicTerms, Want
 from ._url import Url
 from ._wait import Lane, arun, run
@@ -66,22 +66,7 @@ class _Publishing:
         self._outlet, self._url = outlet, url
 
     def publish(self, parcels: Sequence[Parcel]) -> Steps[int]:
-        done = put_many(self._outlet, parcels)
-        try:
-            for parcel in parcels[done:]:
-                while not self._outlet.try_put(parcel):
-                    wait = self._outlet.arm(Want.SEND)
-                    if self._outlet.try_put(parcel):
-                        break
-                    yield wait
-                done += 1
-        except errors.Timeout:
-            if not done:
-                raise
-            confirm_in_time(self._outlet, parcels[:done], self._url, "publish")
-            return done
-        yield from confirm(self._outlet, parcels, self._url, "publish")
-        return done
+        return put_all(self._outlet, parcels, self._url, "publish")
 
     def wait_for(self, count: int) -> Steps[None]:
         while self._outlet.subscribers() < count:

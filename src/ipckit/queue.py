@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, Yielding, confirm, confirm_in_time, located, put_many
+from ._endpoint import Endpoint, Opening, Yielding, confirm, located, put, put_all
 from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, SidedQueues, Steps, Want
 from ._url import Url
 from ._wait import Lane, arun, run
@@ -37,37 +37,18 @@ class _Sending:
         self._outlet, self._url = outlet, url
 
     def send(self, parcel: Parcel) -> Steps[str]:
-        yield from self._put(parcel)
+        yield from put(self._outlet, parcel)
         yield from confirm(self._outlet, (parcel,), self._url, "send")
         return parcel.id
 
     def send_many(self, parcels: Sequence[Parcel]) -> Steps[int]:
-        done = put_many(self._outlet, parcels)
-        try:
-            for parcel in parcels[done:]:
-                yield from self._put(parcel)
-                done += 1
-        except errors.Timeout:
-            if not done:
-                raise
-            confirm_in_time(self._outlet, parcels[:done], self._url, "send")
-            return done
-        if done:
-            yield from confirm(self._outlet, parcels, self._url, "send")
-        return done
+        return put_all(self._outlet, parcels, self._url, "send")
 
     def drain(self) -> Steps[None]:
         outlet = self._outlet
         while isinstance(outlet, Draining) and not outlet.try_drain():
             wait = self._outlet.arm(Want.RECV)
             if outlet.try_drain():
-                return
-            yield wait
-
-    def _put(self, parcel: Parcel) -> Steps[None]:
-        while not self._outlet.try_put(parcel):
-            wait = self._outlet.arm(Want.SEND)
-            if self._outlet.try_put(parcel):
                 return
             yield wait
 

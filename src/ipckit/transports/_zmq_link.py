@@ -137,12 +137,7 @@ class ZmqLink:
         hub = self._hub
         size = len(frame) if type(frame) is bytes else memoryview(frame).nbytes
         if size > self._send_limit:
-            raise errors.MessageTooLarge(
-                f"{size} bytes are above the limit of {self._send_limit}",
-                url=self._url,
-                operation="send",
-                hint="raise limit= at both ends",
-            )
+            raise self._too_large(size)
         hub.lock.acquire(False) or hub.enter()
         try:
             if self._sent >= self._send_until or self._sent_bytes >= self._send_until_bytes:
@@ -321,6 +316,8 @@ class ZmqLink:
     def send_many(self, frames: Sequence[Buffer], timeout: float | None = None) -> int:
         if timeout is not None and not timeout >= 0:
             raise no_timeout()
+        if (size := max((memoryview(frame).nbytes for frame in frames), default=0)) > self._send_limit:
+            raise self._too_large(size)  # and nothing is sent
         deadline = None if timeout is None else time.monotonic() + timeout
         done = 0
         try:
@@ -349,6 +346,14 @@ class ZmqLink:
         return self._sent, self._sent_bytes, self._taken, self._taken_bytes
 
     # why not
+
+    def _too_large(self, size: int) -> errors.MessageTooLarge:
+        return errors.MessageTooLarge(
+            f"{size} bytes are above the limit of {self._send_limit}",
+            url=self._url,
+            operation="send",
+            hint="raise limit= at both ends",
+        )
 
     def _refuse(self, operation: str) -> NoReturn:
         self._gate.refuse_foreign(operation)
