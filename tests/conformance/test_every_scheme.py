@@ -26,7 +26,8 @@ def classes() -> list[type[Contract]]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Contract) and value.__module__ == module.__name__:
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            if own and issubclass(value, Contract) and value.__name__.startswith("Test"):
                 assert value.schemes, f"{path.name}: {value.__name__} does not say which schemes it covers"
                 found[value] = None
     return list(found)

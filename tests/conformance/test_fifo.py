@@ -14,12 +14,16 @@ class TestFifo(ChannelContract):
 
 
 class TestFifoQueue(QueueContract):
+    schemes = ("fifo",)
+
     @pytest.fixture
     def url(self) -> str:
         return "fifo://queue"
 
 
 class TestFifoTopics(PubSubContract):
+    schemes = ("fifo",)
+
     @pytest.fixture
     def url(self) -> str:
         return "fifo://topics"

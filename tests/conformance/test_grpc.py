@@ -40,36 +40,48 @@ class TestGrpcTls(ChannelContract):
 
 
 class TestGrpcQueue(QueueContract):
+    schemes = ("grpc",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"grpc://127.0.0.1:{free_port()}"
 
 
 class TestGrpcUnixQueue(QueueContract):
+    schemes = ("grpc+unix",)
+
     @pytest.fixture
     def url(self) -> str:
         return "grpc+unix://conformance"
 
 
 class TestGrpcTlsQueue(QueueContract):
+    schemes = ("grpcs",)
+
     @pytest.fixture
     def url(self, certificates) -> str:
         return f"grpcs://127.0.0.1:{free_port()}?ca={certificates}/ca.pem&cert={certificates}/both.pem"
 
 
 class TestGrpcTopics(PubSubContract):
+    schemes = ("grpc",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"grpc://127.0.0.1:{free_port()}"
 
 
 class TestGrpcUnixTopics(PubSubContract):
+    schemes = ("grpc+unix",)
+
     @pytest.fixture
     def url(self) -> str:
         return "grpc+unix://conformance"
 
 
 class TestGrpcTlsTopics(PubSubContract):
+    schemes = ("grpcs",)
+
     @pytest.fixture
     def url(self, certificates) -> str:
         return f"grpcs://127.0.0.1:{free_port()}?ca={certificates}/ca.pem&cert={certificates}/both.pem"

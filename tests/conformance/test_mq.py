@@ -18,6 +18,8 @@ class TestMq(ChannelContract):
 
 
 class TestMqQueue(QueueContract):
+    schemes = ("mq",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"mq://queue-{uuid4().hex}?depth=8&frame=2048"
@@ -32,6 +34,8 @@ class TestMqQueue(QueueContract):
 
 
 class TestMqTopics(PubSubContract):
+    schemes = ("mq",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"mq://topics-{uuid4().hex}?depth=8&frame=2048"

@@ -12,12 +12,16 @@ class TestPipe(ChannelContract):
 
 
 class TestPipeQueue(QueueContract):
+    schemes = ("pipe",)
+
     @pytest.fixture
     def url(self) -> str:
         return "pipe://"
 
 
 class TestPipeTopics(PubSubContract):
+    schemes = ("pipe",)
+
     @pytest.fixture
     def url(self) -> str:
         return "pipe://"

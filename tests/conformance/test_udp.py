@@ -61,6 +61,8 @@ class BestEffort(PubSubContract):
 
 
 class TestUdpGroupTopics(BestEffort):
+    schemes = ("udp",)
+
     @pytest.fixture
     def url(self) -> str:
         number = next(_groups)
@@ -68,6 +70,8 @@ class TestUdpGroupTopics(BestEffort):
 
 
 class TestUdpTopics(BestEffort):
+    schemes = ("udp",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"udp://127.0.0.1:{free_port(socket.SOCK_DGRAM)}"

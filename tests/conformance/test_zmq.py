@@ -79,36 +79,48 @@ class TestZmqInprocTopics(PubSubContract):
 
 
 class TestZmqTcpNativeQueue(QueueContract):
+    schemes = ("zmq+tcp",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"zmq+tcp://127.0.0.1:{free_port()}?native=on"
 
 
 class TestZmqIpcNativeQueue(QueueContract):
+    schemes = ("zmq+ipc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+ipc://conformance?native=on"
 
 
 class TestZmqInprocNativeQueue(QueueContract):
+    schemes = ("zmq+inproc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance?native=on"
 
 
 class TestZmqTcpNativeTopics(PubSubContract):
+    schemes = ("zmq+tcp",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"zmq+tcp://127.0.0.1:{free_port()}?native=on"
 
 
 class TestZmqIpcNativeTopics(PubSubContract):
+    schemes = ("zmq+ipc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+ipc://conformance?native=on"
 
 
 class TestZmqInprocNativeTopics(PubSubContract):
+    schemes = ("zmq+inproc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance?native=on"
