@@ -33,6 +33,7 @@ class Capabilities:
     # What happens to messages.
     ordered: bool = True  # in the order sent
     reliable: bool = True  # what was accepted arrives, or an error is raised
+    counted: bool = True  # what is lost of a topic is told, to the message: `Message.gap`, `stats()`
     handed_over: bool = True  # when send() returns, the kernel or the broker has it: a kill right then does not lose it
     durable: bool = False  # survives the processes at both ends
     priorities: int = 0  # number of levels; 0 has none

@@ -6,7 +6,8 @@ A member is in one of three states, so that a call costs what is going on and no
     tepid    had none, and has not been told that we are about to sleep
     cold     was told (`arm`), and tried once more after that: the watch says when it is ready, and it is hot again
 
-Frames that cannot be understood, and ends of any kind, cost the one link: `lost` is told, and goes on.
+Frames that cannot be understood, and ends of any kind, cost the one link: `lost` is told, and goes on. What was sent before the
+end comes before it: a link that takes no more (`deaf`) is read until it says so itself.
 A side that connects does so again when its link ends, after a pause that grows and is uneven, so that a restarted listener is not
 met by everybody at once. Nothing here waits or locks; the endpoint has the lock.
 """
@@ -43,6 +44,7 @@ class Member:
         self.armed = False
         self.want = Want.RECV
         self.unsent = False  # the link holds the rest of a frame
+        self.deaf = False  # nobody hears what we send; what they had sent is still to be read
         self.lost = False
         self.since = time.monotonic()
 
@@ -76,14 +78,18 @@ class Crowd(Generic[M]):
         member: Callable[[Link], M],
         lost: Callable[[M, errors.IpcError], None],
         *,
-        ends: bool,
+        ends: bool = False,
+        reads: bool = True,
     ) -> None:
-        """`hello` is what every member is sent first; `ends`: `quiet` hears of ends, for who reads them at once."""
+        """`hello` is what every member is sent first; `ends`: `quiet` hears of ends, for who reads them at once.
+
+        `reads`: what a link still has to say matters when it takes nothing more.
+        """
         self.url = door.url if not isinstance(door, Dialer) else url
         self.members: list[M] = []
         self.watch = Watch()
         self.quiet = Watch()  # hears of arrivals and ends, and of nothing that flows
-        self._hello, self._ends = hello, ends
+        self._hello, self._ends, self._reads = hello, ends, reads
         self._unhailed: list[M] = []
         self.reconnects = 0
         self.refusal: errors.IpcError | None = None  # the other side of a side that connects does not want us
@@ -126,7 +132,7 @@ class Crowd(Generic[M]):
     def _hail(self) -> None:
         for member in tuple(self._unhailed):
             member.hailed = not self._hello or self.send(member, self._hello)
-            if member.hailed or member.lost:
+            if member.hailed or member.deaf or member.lost:
                 self._unhailed.remove(member)
 
     def lose(self, member: M, error: errors.IpcError) -> None:
@@ -145,6 +151,14 @@ class Crowd(Generic[M]):
             self._door.later(time.monotonic() - member.since)
             self._knocked = True
         self._lost(member, error)
+
+    def _broken(self, member: M, error: errors.IpcError) -> None:
+        """The link does not take frames any more. The other side of a goodbye, or of a death, may have sent some before."""
+        if member.deaf or not self._reads or not isinstance(error, errors.PeerError):
+            self.lose(member, error)
+            return
+        member.deaf, member.unsent, member.want = True, False, Want.RECV
+        self.heat(member)
 
     def dismiss(self, member: M) -> None:
         """We are done with this one."""
@@ -232,7 +246,7 @@ class Crowd(Generic[M]):
 
     def send(self, member: M, frame: bytes) -> bool:
         """Give a frame to this member's link. False: no room, or it is lost. Raises MessageTooLarge."""
-        if member.lost:
+        if member.lost or member.deaf:
             return False
         try:
             taken = member.link.try_send(frame)
@@ -240,14 +254,14 @@ class Crowd(Generic[M]):
         except errors.MessageTooLarge:
             raise
         except BROKEN as error:
-            self.lose(member, error)
+            self._broken(member, error)
             return False
         self.wants(member, member.unsent or not taken)
         return taken
 
     def send_many(self, member: M, frames: Sequence[bytes]) -> int:
-        """How many of them, from the first on, this member's link took. None if it is lost, or one of them is too large."""
-        if member.lost:
+        """How many of them, from the first on, this member's link took. 0 if it broke, or one of them is too large."""
+        if member.lost or member.deaf:
             return 0
         link, taken = member.link, 0
         try:
@@ -261,7 +275,7 @@ class Crowd(Generic[M]):
         except errors.MessageTooLarge:
             return taken
         except BROKEN as error:
-            self.lose(member, error)
+            self._broken(member, error)
             return 0
         self.wants(member, member.unsent or taken < len(frames))
         return taken
@@ -272,7 +286,7 @@ class Crowd(Generic[M]):
             try:
                 member.unsent = not member.link.try_flush()
             except BROKEN as error:
-                self.lose(member, error)
+                self._broken(member, error)
                 return True
             self.wants(member, member.unsent)
         return not member.unsent
@@ -307,7 +321,7 @@ class Crowd(Generic[M]):
             try:
                 wait = member.link.arm(member.want)
             except BROKEN as error:
-                self.lose(member, error)
+                self._broken(member, error)
                 continue
             self.watch.put(member, wait)
             if self._ends:

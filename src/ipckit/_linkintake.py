@@ -75,7 +75,7 @@ class LinkIntake:
         self._window = window
         self._batch = max(window // 4, 1)
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
-        self._crowd: Crowd[Giver] = Crowd(url, door, hello, self._make, self._lost, ends=False)
+        self._crowd: Crowd[Giver] = Crowd(url, door, hello, self._make, self._lost)
         self._received = self._bytes = self._redelivered = self._duplicates = 0
         self._owing: set[Giver] = set()  # those with verdicts that are not told yet
         self._closed = False
@@ -250,16 +250,19 @@ class LinkIntake:
 
     def _tell(self, giver: Giver) -> bool:
         crowd = self._crowd
+        if giver.deaf:  # what it has not heard by now, it will never hear
+            self._owing.discard(giver)
+            return True
         if not giver.hailed:
             return False
         while giver.nacks:
             if not crowd.send(giver, wire.nack(*giver.nacks[0])):
-                return giver.lost
+                return giver.lost or giver.deaf
             del giver.nacks[0]
             giver.settled += 1
         if giver.acks:
             if not crowd.send(giver, wire.ack(giver.acks)):
-                return giver.lost
+                return giver.lost or giver.deaf
             giver.settled += len(giver.acks)
             giver.acks.clear()
         self._owing.discard(giver)

@@ -50,7 +50,12 @@ class Taker(Member):
         self.bytes_out = 0
 
     def has_room(self, size: int) -> bool:
-        return self.hailed and len(self.out) < self.window and (not self.out or self.bytes_out + size <= _MOST_BYTES)
+        return (
+            self.hailed
+            and not self.deaf
+            and len(self.out) < self.window
+            and (not self.out or self.bytes_out + size <= _MOST_BYTES)
+        )
 
     def note(self, parcel: Parcel) -> None:
         """Its link has taken this one."""
@@ -248,7 +253,7 @@ class LinkOutlet:
             taker = members[0]
             some = list(itertools.takewhile(taker.reserve, parcels))
             sent = self._crowd.send_many(taker, [wire.message(parcel) for parcel in some]) if some else 0
-            if taker.lost:  # and all of them go out again
+            if taker.lost or taker.deaf:  # whichever it did not acknowledge before it ended go out again
                 return len(some)
             for _ in range(len(some) - sent):
                 taker.release()

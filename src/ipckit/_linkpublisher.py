@@ -69,7 +69,7 @@ class LinkPublisher:
         self._url = url
         self._handed_over = handed_over  # what a link took survives its close; else the subscriber has to close first
         self._terms, self._backlog, self._limit = terms, backlog, limit
-        self._crowd: Crowd[Reader] = Crowd(url, listener, b"", Reader, self._lost, ends=False)
+        self._crowd: Crowd[Reader] = Crowd(url, listener, b"", Reader, self._lost, reads=False)
         self._audience: dict[str, tuple[list[Reader], list[deque[Reader]]]] = {}  # by topic; rebuilt when they change
         self._groups: dict[str, deque[Reader]] = {}
         self._retained: dict[str, deque[tuple[int, bytes]]] = {}

@@ -26,7 +26,7 @@ class LinkSubscriber:
         self._lock = threading.Lock()
         self._url = url
         hello = wire.hello(wire.Hello(wire.SUBSCRIBER, topics=terms.topics, group=terms.group))
-        self._crowd: Crowd[Member] = Crowd(url, door, hello, Member, self._lost, ends=False)
+        self._crowd: Crowd[Member] = Crowd(url, door, hello, Member, self._lost)
         self._received = self._bytes = self._dropped = 0
         self._missed = False  # an unknown number
         self._over = False

@@ -5,26 +5,29 @@ The echo of a queue receives, and has the name where the transport gives one to 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 
 from .. import aio, channel, pubsub, queue
 from .._spi import OnFull
+from .._url import Url
 from .loops import aturning, turning
 from .ours import target
 from .wires import QUIET, AsyncWire, End, Wire, not_here
 
+Place = str | Url | channel.Channel[bytes]
 _OPEN = 15.0  # seconds; an audience of sixteen takes some
 
 
-def _queue(end: End, ack: queue.Ack, named: bool = True) -> Iterator[Wire]:
-    if end.side == "drive":
-        with queue.sender(target(end), timeout=_OPEN) as jobs:
-            yield Wire(jobs.send, not_here, jobs.send_many)
-        return
-    work = queue.receiver(end.address, listen=named, ack=ack, timeout=_OPEN)
+def _sending(place: Place) -> Iterator[Wire]:
+    with queue.sender(place, timeout=_OPEN) as jobs:
+        yield Wire(jobs.send, not_here, jobs.send_many)
+
+
+def _receiving(place: Place, ack: queue.Ack, announce: Callable[[str], None]) -> Iterator[Wire]:
+    work = queue.receiver(place, ack=ack, timeout=_OPEN)
 
     def recv() -> bytes:
         message = work.recv()
@@ -40,10 +43,14 @@ def _queue(end: End, ack: queue.Ack, named: bool = True) -> Iterator[Wire]:
         return [message.value for message in messages]
 
     try:
-        end.announce(work.url.reveal())
+        announce(work.url.reveal())
         yield Wire(not_here, recv, recv_many=recv_many)
     finally:
         work.close()  # at once: what is left is nobody's
+
+
+def _queue(end: End, ack: queue.Ack) -> Iterator[Wire]:
+    return _sending(target(end)) if end.side == "drive" else _receiving(end.address, ack, end.announce)
 
 
 @turning
@@ -62,17 +69,19 @@ def manual(end: End) -> Iterator[Wire]:
 
 @contextmanager
 def inherited(end: End) -> Iterator[Wire]:
-    """`auto`, on an end of a pair that our parent made."""
+    """`auto`, on an end of a pair that our parent made; and a loop over a pair of our own."""
     with ExitStack() as stack:
-        wire = stack.enter_context(contextmanager(_queue)(end, "auto", False))
+
+        def enter(wire: Iterator[Wire]) -> Wire:
+            return stack.enter_context(contextmanager(lambda: wire)())
+
+        ours = channel.connect(end.address, timeout=_OPEN)
         if end.side == "echo":
-            yield wire
+            yield enter(_receiving(ours, "auto", end.announce))
             return
-        # Both ends of a pair of our own: handed over, and taken over again.
-        (echo, _), (drive, _) = (each.native.hand_over() for each in channel.pair(end.loop))
-        loop = contextmanager(_queue)
-        inward = stack.enter_context(loop(End("echo", echo, end.announce), "auto", False))
-        out = stack.enter_context(loop(End("drive", drive, end.announce), "auto", False))
+        wire = enter(_sending(ours))
+        left, right = channel.pair(end.loop)
+        out, inward = enter(_sending(left)), enter(_receiving(right, "auto", lambda _: None))
 
         def turn(data: bytes) -> bytes:
             out.send(data)

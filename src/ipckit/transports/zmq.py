@@ -123,6 +123,7 @@ class Zmq(Transport[Options], SidedQueues[Options], Topics[Options]):
             patterns=frozenset({"queue", "pubsub"}),
             headers=False,
             redelivery=False,
+            counted=False,
             reliable=False,  # libzmq connects again by itself, and does not say what was lost with the connection
             peer_credentials=False,
             native_topics=True,

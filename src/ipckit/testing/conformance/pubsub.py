@@ -160,6 +160,7 @@ class PubSubContract(Contract):
     def test_every_loss_is_counted(self, here: Local, there: Party, url: str, capabilities: Capabilities) -> None:
         """Where nobody is waited for: one that does not receive for a while knows exactly what it missed; also at the end."""
         self.needs(not capabilities.reliable, "losses")
+        self.needs(capabilities.counted, "counted")
         publisher, (subscriber,) = self.gather(here, [there], url)
         count = 4000
         publisher.run(publish, [(b"%06d" % number + bytes(2000), "t") for number in range(count)]).result(HANG)
