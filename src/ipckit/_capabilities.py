@@ -8,10 +8,9 @@ suite takes its skips from it and nothing else, and `ipckit transports` prints i
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Literal
 
-from .errors import BadOption, Unsupported
+from .errors import BadOption, Unsupported, likeliest
 
 Pattern = Literal["channel", "queue", "pubsub", "rpc"]
 
@@ -73,9 +72,6 @@ def check(required: frozenset[str], capabilities: Capabilities, url: object) -> 
     known = features()
     for name in sorted(required):
         if name not in known:
-            close = get_close_matches(name, known, 1)
-            raise BadOption(
-                f"require={name!r} is no capability", url=url, hint=f"did you mean {close[0]!r}?" if close else None
-            )
+            raise BadOption(f"require={name!r} is no capability", url=url, hint=likeliest(name, known))
         if not getattr(capabilities, name):
             raise Unsupported(f"this transport is not {name!r}", url=url, hint="see `ipckit transports`")

@@ -13,11 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from ._url import Url
-from .errors import BadOption
+from .errors import BadOption, likeliest
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -127,12 +126,11 @@ def read(cls: type[T], url: Url) -> T:
     values: dict[str, object] = {}
     for name, written in url.options:
         if name not in known:
-            close = get_close_matches(name, known, 1)
             names = ", ".join(sorted(known)) or "none"
             raise BadOption(
                 f"there is no option {name!r}",
                 url=url,
-                hint=f"did you mean {close[0]!r}?" if close else f"{url.scheme} takes: {names}",
+                hint=likeliest(name, known, f"{url.scheme} takes: {names}"),
             )
         try:
             values[known[name].name] = known[name].metadata["parse"](written)

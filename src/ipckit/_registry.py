@@ -6,7 +6,6 @@ The table maps a scheme to `module:attribute`. Third parties add theirs by the e
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +14,7 @@ from . import _capabilities
 from ._capabilities import Capabilities
 from ._spi import Transport
 from ._url import Url, parse
-from .errors import ConfigError, MissingDependency, UnknownScheme
+from .errors import ConfigError, MissingDependency, UnknownScheme, likeliest
 
 ENTRY_POINT_GROUP = "ipckit.transports"
 
@@ -62,11 +61,10 @@ def find(url: Url) -> Transport[Any]:
         _read_entry_points()
         found = _table.get(url.scheme)
     if found is None:
-        close = get_close_matches(url.scheme, _table, 1)
         raise UnknownScheme(
             f"no transport has the scheme {url.scheme!r}",
             url=url,
-            hint=f"did you mean {close[0]}://?" if close else "known: " + ", ".join(sorted(_table)),
+            hint=likeliest(url.scheme, _table, "known: " + ", ".join(sorted(_table))),
         )
     if isinstance(found, str):
         module, _, attribute = found.partition(":")

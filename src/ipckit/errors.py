@@ -11,6 +11,8 @@ Foreign exceptions (`OSError`, a broker client's) cross into this tree at one pl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class IpcError(Exception):
     """Anything that ipckit raises on purpose.
@@ -189,3 +191,11 @@ class SyncError(IpcError):
 
 class ForkedError(IpcError):
     """An endpoint that was opened before a fork was used in the child. Open one there."""
+
+
+def likeliest(name: str, known: Iterable[str], otherwise: str | None = None) -> str | None:
+    """A hint for a name that does not exist. What finds it is imported now: only mistakes pay for it."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(known), 1)
+    return f"did you mean {close[0]!r}?" if close else otherwise

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal
 
 from .. import _registry
 from .._url import Url, parse
-from ..errors import BadOption, UnknownScheme
+from ..errors import BadOption, UnknownScheme, likeliest
 from .crew import Plan
 from .wires import Handover
 
@@ -146,10 +145,9 @@ def select(cases: Sequence[Case], wanted: Sequence[str], blank: Case) -> tuple[C
         found = [case for case in cases if text in (case.scheme, case.scheme.partition("+")[0])]
         if not found:
             names = sorted({name for case in cases for name in (case.scheme, case.scheme.partition("+")[0])})
-            close = get_close_matches(text, names, 1)
             raise UnknownScheme(
                 f"no transport is called {text!r}",
-                hint=f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(names),
+                hint=likeliest(text, names, "known: " + ", ".join(names)),
             )
         chosen += found
     return tuple(dict.fromkeys(chosen))
