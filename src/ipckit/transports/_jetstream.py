@@ -37,8 +37,8 @@ _PAUSES = (0.05, 1.0)  # seconds between two attempts: doubled each time, and ha
 _NAME = re.compile(r"/([A-Za-z0-9_-]{1,100})\Z")
 _GROUP = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _NS = 10**9
-#: Errors of the API that pass: no leader yet, still recovering, too busy.
-_PASSING = {10008, 10009, 10013, 10019, 10041, 10158, 10167, 10118}
+#: Errors that pass: no leader yet, still recovering, too busy; a copy of the same id is on its way to the replicas.
+PASSING = {10008, 10009, 10013, 10019, 10041, 10158, 10167, 10118}
 _NO_STREAM, _NO_CONSUMER, _STREAM_IN_USE, _OVERLAP = 10059, 10014, 10058, 10065
 _CONSUMER_EXISTS = (10105, 10148)
 
@@ -231,7 +231,7 @@ class Jet:
                     if "error" not in answer:
                         return answer
                     error = ApiError(answer["error"])
-                    if error.code not in _PASSING:
+                    if error.code not in PASSING:
                         raise error
                 elif not self.client._server_info.get("jetstream"):
                     raise errors.Unsupported(

@@ -18,7 +18,7 @@ from .. import errors
 from .._spi import OnFull, Wait, Want
 from ..message import Parcel
 from ._bridge import Bell
-from ._jetstream import ApiError, Jet, command, refusal
+from ._jetstream import PASSING, ApiError, Jet, command, refusal
 
 MSG_ID = "Nats-Msg-Id"
 _WINDOW = 1024  # messages under way to the server
@@ -172,8 +172,9 @@ class JetOutlet:
         if isinstance(error, errors.QueueFull) and self._on_full == "drop_new":
             self._counters["dropped"] += 1
             return True
-        if refused.status == 503 and not isinstance(error, errors.QueueFull | errors.ResourceLimit):
-            return False
+        passing = refused.status == 503 or refused.code in PASSING
+        if passing and not isinstance(error, errors.QueueFull | errors.ResourceLimit):
+            return False  # said again later
         if isinstance(error, errors.QueueFull) and self._on_full == "block":
             sent.first = time.monotonic()  # it was not stored, so its id is of no account yet
             return False
