@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .message import Message
     from .pubsub import Publisher, Subscriber, publisher, subscriber
     from .queue import Receiver, Sender, receiver, sender
+    from .rpc.client import Client, client
+    from .rpc.contract import Service, rpc
+    from .rpc.server import Server, serve
 
 __version__ = "0.1.0"
 
@@ -26,6 +29,7 @@ __all__ = [
     "Capabilities",
     "Channel",
     "ChannelStats",
+    "Client",
     "Codec",
     "IpcError",
     "Listener",
@@ -34,9 +38,12 @@ __all__ = [
     "Publisher",
     "Receiver",
     "Sender",
+    "Server",
+    "Service",
     "Subscriber",
     "Url",
     "capabilities",
+    "client",
     "codecs",
     "connect",
     "errors",
@@ -45,8 +52,10 @@ __all__ = [
     "publisher",
     "receiver",
     "register",
+    "rpc",
     "schemes",
     "sender",
+    "serve",
     "subscriber",
 ]
 
@@ -55,13 +64,17 @@ _LATER = {
     "Message": "message",
     **dict.fromkeys(("Publisher", "Subscriber", "publisher", "subscriber"), "pubsub"),
     **dict.fromkeys(("Receiver", "Sender", "receiver", "sender"), "queue"),
+    **dict.fromkeys(("Client", "Server", "Service", "client", "serve"), "rpc"),
+    "rpc": "rpc",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    module = importlib.import_module(f".{_LATER[name]}", __name__)
+    # `rpc` is a package and a decorator: the package can be called.
+    value = globals()[name] = module if name == _LATER[name] else getattr(module, name)
     return value
 
 

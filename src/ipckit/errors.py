@@ -179,6 +179,78 @@ class RpcError(IpcError):
     """A remote call failed."""
 
 
+class RemoteError(RpcError):
+    """The remote method raised.
+
+    Attributes:
+        type: the class of what it raised ("ValueError", "shop.OutOfStock"); `message` is its text.
+        traceback: as text, where the server was asked to tell (`tracebacks=True`), else None.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        type: str = "Exception",
+        traceback: str | None = None,
+        url: object = None,
+        operation: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, url=url, operation=operation, hint=hint)
+        self.type = type
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (self.operation, self.url) if part)
+        text = f"{self.type}: {self.message}"
+        return f"{where}: {text}" if where else text
+
+
+class UnknownMethod(RpcError, LookupError):
+    """The target has no such method, and nothing takes messages of this type."""
+
+
+class UnknownTarget(RpcError, LookupError):
+    """Nothing is exposed under this name."""
+
+
+class RateLimited(RpcError):
+    """The server takes no more requests from here for now.
+
+    Attributes:
+        retry_after: seconds until it takes one again, where it said so, else None.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        retry_after: float | None = None,
+        url: object = None,
+        operation: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, url=url, operation=operation, hint=hint)
+        self.retry_after = retry_after
+
+
+class TargetBusy(RpcError):
+    """As many calls are under way as the server allows. This one was not begun: it may be tried again."""
+
+
+class DeadlineExceeded(RpcError, TimeoutError):
+    """The call was not done before its deadline. Whether it took effect is unknown."""
+
+
+class Cancelled(RpcError):
+    """The call was cancelled, by the caller or because the caller is gone."""
+
+
+class ShuttingDown(RpcError):
+    """The server takes no new calls. This one was not begun: it may be tried elsewhere."""
+
+
 # -- synchronisation --------------------------------------------------------------------------------------------
 
 

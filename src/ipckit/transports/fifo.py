@@ -53,7 +53,7 @@ class FifoOptions(StreamOptions):
 
 class FifoTransport(Transport[FifoOptions], Queues[_fifo_queue.FifoQueueOptions]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel", "queue", "pubsub"}),
+        patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         headers=True,
         redelivery=True,
         fileno=True,

@@ -174,7 +174,7 @@ os.register_at_fork(after_in_child=_listeners.clear)  # the listening threads ar
 
 class Inproc(Transport[Options]):
     capabilities = Capabilities(
-        patterns=frozenset({"channel", "queue", "pubsub"}),
+        patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         headers=True,
         redelivery=True,
         pair=True,

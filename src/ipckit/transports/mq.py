@@ -282,7 +282,7 @@ class _MqWatch:
 
 class MqTransport(Transport[MqOptions], Queues[MqOptions]):
     capabilities = Capabilities(
-        patterns=frozenset({"channel", "queue", "pubsub"}),
+        patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         headers=True,
         redelivery=True,
         priorities=LEVELS,

@@ -98,7 +98,7 @@ def _known(url: Url) -> Url:
 
 class Zmq(Transport[Options], SidedQueues[Options], Topics[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel", "queue", "pubsub"}),
+        patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         headers=True,
         redelivery=True,
         handed_over=False,

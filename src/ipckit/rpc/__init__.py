@@ -1,0 +1,66 @@
+"""RPC: one contract, served and called over every transport.
+
+How the parts fit, from the ground up:
+
+| file | what it is |
+|---|---|
+| `contract.py` | services to contracts: methods, shapes and codecs from annotations; descriptions and fingerprints |
+| `compat.py` | which changes of a contract break its callers |
+| `events.py` | what the two sides say to each other, apart from how it is written |
+| `dialects.py` | frames to events and back: `Dialect`, and ours, `Native` |
+| `protocol.py` | `ClientCore` and `ServerCore`: correlation, streams and credits, deadlines, cancellation; without I/O |
+| `failures.py` | exceptions to what travels, and back |
+| `_connection.py` `_calling.py` | a client's connection, and what its two shells share |
+| `client.py` `_aclient.py` | the clients: threads, tasks |
+| `_engine.py` `_serving.py` `_crew.py` | the server: connections, handlers, threads |
+| `server.py` `_aserver.py` | its two shells |
+| `context.py` | `current()`: deadline, cancellation and metadata, for handlers |
+
+A transport that has calls of its own (gRPC, NATS) meets this package at `Contract` and `Method.wire`, and at `Job`-like handling of
+its own; one that has links needs nothing. Another dialect is a class like `Native`.
+The module itself is the decorator: `@ipckit.rpc`, `@ipckit.rpc(idempotent=True)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from ._engine import ServerOptions, ShutdownReport
+from .client import Client, Results, Subscription, client, using
+from .compat import check
+from .context import CallContext, current
+from .contract import Contract, Method, Service, Shape, contract_of, rpc
+from .server import Server, serve
+
+__all__ = [
+    "CallContext",
+    "Client",
+    "Contract",
+    "Method",
+    "Results",
+    "Server",
+    "ServerOptions",
+    "Service",
+    "Shape",
+    "ShutdownReport",
+    "Subscription",
+    "check",
+    "client",
+    "contract_of",
+    "current",
+    "rpc",
+    "serve",
+    "using",
+]
+
+
+class _Callable(ModuleType):
+    """`ipckit.rpc` is this package and the decorator at once."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return rpc(*args, **named)
+
+
+sys.modules[__name__].__class__ = _Callable

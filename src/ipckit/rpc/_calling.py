@@ -1,0 +1,365 @@
+"""What the two clients share: everything but the waiting.
+
+`Base` knows the server's address, what is expected of it, and how a connection is made (steps, for either driver). `Request` is one
+call before it has a connection; it may be begun again on another one.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from .. import _options, errors
+from .._endpoint import Endpoint, Opening
+from .._spi import Abandoning, Fused, Steps
+from .._url import Url
+from .._wait import Gate, Lane
+from ..message import check_headers
+from . import compat, events, failures
+from ._connection import BROKEN, Connection, again
+from .contract import Contract, Method, Parameter, Shape, contract_of, fingerprint, target_name, unwritable
+from .dialects import milliseconds
+from .protocol import ClientCall
+
+_FIRST_PAUSE, _LAST_PAUSE = 0.01, 1.0
+
+#: `interceptor(request, proceed)`: look at the request, change its metadata, return what `proceed()` returns (awaitable in aio).
+Interceptor = Callable[["Request", Callable[[], Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """How calls are made. `timeout`: seconds until the deadline, which travels with the call; None: no deadline."""
+
+    timeout: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def with_(self, timeout: float | None, metadata: Mapping[str, str] | None) -> CallOptions:
+        merged = {**self.metadata, **check_headers(metadata)} if metadata else self.metadata
+        return replace(self, timeout=self.timeout if timeout is None else timeout, metadata=merged)
+
+
+@dataclass(slots=True)
+class Request:
+    """One call, as interceptors see it. `metadata` may be changed."""
+
+    target: str
+    method: Method
+    args: tuple[Any, ...]
+    stream: Any
+    metadata: dict[str, str]
+    deadline: float | None
+
+    @property
+    def operation(self) -> str:
+        return f"{self.target}.{self.method.name}"
+
+    @property
+    def retriable(self) -> bool:
+        """It may be begun a second time though the first may have had an effect."""
+        return self.method.options.idempotent and self.method.shape is Shape.UNARY
+
+
+class _Resource:
+    """The current connection, as an Endpoint wants it."""
+
+    def __init__(self) -> None:
+        self.conn: Live | None = None
+        self.old: list[Live] = []
+
+    @property
+    def native(self) -> Any:
+        return None if self.conn is None else self.conn.link.native
+
+    def close(self) -> None:
+        conn, self.conn = self.conn, None
+        for each in (*self.old, *([conn] if conn is not None else [])):
+            each.close()
+
+    def abandon(self) -> None:
+        for each in (*self.old, *([self.conn] if self.conn is not None else [])):
+            if isinstance(each.link, Abandoning):
+                each.link.abandon()
+
+
+class Live(Connection):
+    """A connection with what it is waited on by."""
+
+    def __init__(self, link: Any, url: Url, pushed: Callable[[events.Push], None]) -> None:
+        super().__init__(link, url, pushed)
+        self.gate = Gate(url, link.close)
+        self.rx = Lane(self.gate, "call")
+        self.tx = Lane(self.gate, "call")
+        self.fused: Fused | None = link if isinstance(link, Fused) else None
+
+    def close(self) -> None:
+        self.gate.close()
+        if self.fused is not None:  # its own calls wait inside it, not at our gate
+            self.link.close()
+
+
+class Base(Endpoint):
+    """Addresses, expectations, retries. Subclassed by the shells."""
+
+    def __init__(
+        self,
+        url: str | Url,
+        *,
+        timeout: float | None,
+        call_timeout: float | None,
+        metadata: Mapping[str, str] | None,
+        interceptors: Sequence[Interceptor],
+        require: Collection[str],
+    ) -> None:
+        self._opening = Opening(url, None, None, require, "rpc", "client")
+        self._lines = _Resource()
+        super().__init__(self._lines, self._opening.url, self._opening.capabilities)
+        self._transport_options = _options.read(self._opening.transport.options, self.url)
+        self._patience = timeout
+        self._options = CallOptions(call_timeout, dict(check_headers(metadata)))
+        self._interceptors = tuple(interceptors)
+        self._expected: dict[str, Contract] = {}
+        self._described: dict[str, dict[str, Any]] = {}
+        self._subscriptions: list[Subscribed] = []
+        self._dial_lane = Lane(self._gate, "client", passing=True)
+        self._pause = 0.0
+        self.reconnects = -1
+
+    # -- connecting ----------------------------------------------------------------------------------------------------
+
+    def _dial(self) -> Steps[Live]:
+        """A connection whose server has what we expect. Raises ProtocolError for a contract that is incompatible."""
+        link = yield from self._opening.transport.connect(self.url, self._transport_options)
+        conn = Live(link, self.url, self._pushed)
+        try:
+            conn.core.hello({target: contract.fingerprint for target, contract in self._expected.items()})
+            types = sorted({name for each in self._subscriptions for name in each.types})
+            if types:
+                conn.core.subscribe(types)
+            yield from conn.flush()
+            while conn.core.server is None:
+                conn.heard((yield from conn.receive()))
+            for target, contract in self._expected.items():
+                yield from self._compare(conn, target, contract)
+        except errors.PeerClosed as error:
+            conn.close()
+            raise errors.NothingListening(
+                "the server closed the connection before it said hello", url=self.url, operation="client"
+            ) from error
+        except BaseException:
+            conn.close()
+            raise
+        self._adopt(conn)
+        return conn
+
+    def _adopt(self, conn: Live) -> None:
+        old = self._lines.conn
+        if old is not None and old.error is None:
+            self._lines.old.append(old)
+        self._lines.old = [each for each in self._lines.old if each.error is None and each.core.calls]
+        self._lines.conn = conn
+        self.reconnects += 1
+
+    def _compare(self, conn: Live, target: str, contract: Contract) -> Steps[None]:
+        """What this server has at `target`, against what we expect of it."""
+        assert conn.core.server is not None
+        theirs = conn.core.server.targets.get(target)
+        if theirs == contract.fingerprint:
+            return
+        if theirs is None:
+            have = ", ".join(sorted(conn.core.server.targets)) or "nothing"
+            raise errors.UnknownTarget(
+                f"nothing is exposed as {target!r}", url=self.url, operation="client", hint=f"there is: {have}"
+            )
+        self._described[target] = description = yield from self._describe(conn, target)
+        broken = compat.check(contract.description, description)
+        if broken:
+            raise errors.SchemaError(
+                f"the server's {target!r} is not compatible with {contract.name}: " + "; ".join(broken),
+                url=self.url,
+                operation="client",
+                hint="`ipckit contract check` compares the two",
+            )
+
+    def _describe(self, conn: Live, target: str) -> Steps[dict[str, Any]]:
+        with conn.mutex:
+            call = conn.core.begin("ipckit", "describe", msgspec.msgpack.encode((target,)), time.monotonic())
+        yield from conn.flush()
+        while not call.done:
+            conn.heard((yield from conn.receive()))
+        if call.failure is not None:
+            raise failures.error_of(call.failure, self.url, "client")
+        description: dict[str, Any] = msgspec.msgpack.decode(call.result or b"\x80")
+        return description
+
+    def _broke(self, conn: Live, error: errors.IpcError) -> None:
+        """This connection is over. The client is not: the next call connects again."""
+        if conn.error is None and time.monotonic() - conn.since < 1:
+            self._pause = min(max(self._pause * 2, _FIRST_PAUSE), _LAST_PAUSE)
+        else:
+            self._pause = 0.0
+        conn.break_off(error)
+        if self._lines.conn is conn:
+            self._lines.conn = None
+        conn.close()
+
+    def _patient_until(self, deadline: float | None) -> float | None:
+        """How long connecting again may take, in seconds: as the first time, and within the deadline of the call."""
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        if self._patience is None or left is None:
+            return left if self._patience is None else self._patience
+        return min(left, self._patience)
+
+    def _pausing(self) -> float:
+        return self._pause * random.uniform(0.5, 1.0)
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def _request(
+        self, target: str, method: Method, args: tuple[Any, ...], named: dict[str, Any], options: CallOptions
+    ) -> Request:
+        positional, stream = method.bind(args, named)
+        deadline = None if options.timeout is None else time.monotonic() + options.timeout
+        return Request(target, method, positional, stream, dict(options.metadata), deadline)
+
+    def _begin(self, conn: Live, request: Request) -> ClientCall:
+        wire = request.method.wire("msgpack", named=False)
+        try:
+            body = wire.encode_args(request.args)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise unwritable(error) from error
+        with conn.mutex:
+            if conn.error is not None:
+                raise again(conn.error, request.operation)
+            return conn.core.begin(
+                request.target,
+                request.method.name,
+                body,
+                time.monotonic(),
+                deadline=request.deadline,
+                metadata=request.metadata,
+            )
+
+    def _outcome(self, conn: Live, call: ClientCall, request: Request) -> Any:
+        """The result of a call that is done. Raises what it failed with."""
+        self._raise_failure(conn, call, request)
+        assert call.result is not None
+        return request.method.wire("msgpack", named=False).decode_result(call.result)
+
+    def _raise_failure(self, conn: Live, call: ClientCall, request: Request) -> None:
+        if call.failure is not None:
+            raise failures.error_of(call.failure, self.url, request.operation)
+        if call.result is None and not call.complete and conn.error is not None:
+            raise again(conn.error, request.operation)
+
+    def _worth_again(self, error: errors.IpcError, request: Request) -> bool:
+        lost = isinstance(error, BROKEN) or isinstance(error, errors.ShuttingDown)
+        return lost and request.retriable and not self.closed
+
+    def _overdue(self, request: Request) -> errors.DeadlineExceeded:
+        return errors.DeadlineExceeded("no answer before the deadline", url=self.url, operation=request.operation)
+
+    def _intercepted(self, request: Request, proceed: Callable[[], Any]) -> Any:
+        for interceptor in reversed(self._interceptors):
+            proceed = _Proceed(interceptor, request, proceed)
+        return proceed()
+
+    # -- what is typed and what is not ---------------------------------------------------------------------------------
+
+    def _expect(self, contract: Any, target: str | None) -> tuple[str, Contract]:
+        known = contract_of(contract)
+        name = target or target_name(contract)
+        self._expected[name] = known
+        return name, known
+
+    def _untyped(self, target: str, name: str, description: dict[str, Any]) -> Method:
+        """A method as the server describes it, for callers without a contract."""
+        found = description["methods"].get(name)
+        if found is None:
+            for each, candidate in description["methods"].items():
+                if candidate.get("message") == name:
+                    name, found = each, candidate
+                    break
+            else:
+                have = ", ".join(sorted(description["methods"]))
+                raise errors.UnknownMethod(
+                    f"{target!r} has no method {name!r}", url=self.url, operation="call", hint=f"it has: {have}"
+                )
+        parameters = tuple(
+            Parameter(each["name"], Any) if each["required"] else Parameter(each["name"], Any, msgspec.UNSET)
+            for each in found["parameters"]
+        )
+        shape = Shape(found["shape"])
+        stream = "stream" if shape.streams_in else None
+        options = contract_options(found)
+        return Method(name, _no_function, shape, parameters, Any, stream, len(parameters), Any, None, False, options)
+
+    # -- pushes --------------------------------------------------------------------------------------------------------
+
+    def _pushed(self, push: events.Push) -> None:
+        for each in tuple(self._subscriptions):
+            each.offer(push)
+
+    def _types_of(self, types: Any) -> dict[str, Any]:
+        """Message types by name; a name alone is taken as it comes."""
+        every = [types] if isinstance(types, str | type) else list(types)
+        return {
+            each if isinstance(each, str) else each.__name__: Any if isinstance(each, str) else each for each in every
+        }
+
+
+class Subscribed:
+    """The pushes of some types, for one who listens. Those who do not keep up lose the oldest, and are told how many."""
+
+    def __init__(self, types: dict[str, Any], backlog: int) -> None:
+        self.types = types
+        self.lost = 0
+        self.watchers: list[Callable[[], None]] = []
+        self.pushes: deque[Any] = deque()
+        self._backlog = backlog
+        self._decoders = {name: msgspec.msgpack.Decoder(kind).decode for name, kind in types.items()}
+
+    def offer(self, push: events.Push) -> None:
+        if push.type not in self.types:
+            return
+        if len(self.pushes) >= self._backlog:
+            self.pushes.popleft()
+            self.lost += 1
+        self.pushes.append(push)
+        for watcher in tuple(self.watchers):
+            watcher()
+
+    def value(self, push: events.Push) -> Any:
+        try:
+            return self._decoders[push.type](push.body)
+        except msgspec.ValidationError as error:
+            raise errors.SchemaError(f"a push of {push.type}: {error}") from error
+
+
+class _Proceed:
+    __slots__ = ("_interceptor", "_next", "_request")
+
+    def __init__(self, interceptor: Interceptor, request: Request, next: Callable[[], Any]) -> None:
+        self._interceptor, self._request, self._next = interceptor, request, next
+
+    def __call__(self) -> Any:
+        return self._interceptor(self._request, self._next)
+
+
+def contract_options(description: dict[str, Any]) -> Any:
+    from .contract import MethodOptions
+
+    return MethodOptions(idempotent=description.get("idempotent", False))
+
+
+def _no_function(*_: Any) -> Any:
+    raise TypeError("this method is the server's")
+
+
+__all__ = ["Base", "CallOptions", "Interceptor", "Live", "Request", "Subscribed", "fingerprint", "milliseconds"]

@@ -1,0 +1,134 @@
+"""A client's connection: one link, its state machine, and who waits for what.
+
+Whoever waits turns the loop (ADR 5): there is no I/O thread. One caller at a time holds the *turn* and receives, for everybody; the
+others sleep until their call has changed or the turn is handed to them. Sending needs no turn.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from .. import errors
+from .._spi import Link, Steps, Want
+from .._url import Url
+from . import events
+from .protocol import ClientCall, ClientCore
+
+#: What a connection may end with.
+BROKEN = (errors.PeerError, errors.ProtocolError, errors.Closed)
+
+
+class Waiter:
+    """A thread that sleeps until it is woken. A wake before the sleep counts."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it was woken already
+            self._lock.release()
+
+    def sleep(self, timeout: float | None) -> None:
+        self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+
+
+class Connection:
+    """The part without waiting: every method returns at once. `mutex` guards the core and its outbox."""
+
+    def __init__(self, link: Link, url: Url, pushed: Callable[[events.Push], None]) -> None:
+        self.link = link
+        self.url = url
+        self.core = ClientCore()
+        self.mutex = threading.Lock()
+        self.turn = threading.Lock()
+        self.waiting: deque[Waiter] = deque()
+        self.error: errors.IpcError | None = None
+        self.since = time.monotonic()
+        self._pushed = pushed
+
+    @property
+    def good(self) -> bool:
+        """New calls may go here."""
+        return self.error is None and not self.core.leaving
+
+    def heard(self, frames: list[bytes]) -> None:
+        """Frames that were received: to the calls that they belong to, and those who wait for them are told."""
+        with self.mutex:
+            touched = []
+            for frame in frames:
+                touched += self.core.receive(frame)
+        for each in touched:
+            if isinstance(each, ClientCall):
+                each.changed()
+            else:
+                self._pushed(each)
+
+    def try_flush(self) -> bool:
+        """Send what the core has to say. True when all of it has gone."""
+        with self.mutex:
+            outbox = self.core.outbox
+            while outbox:
+                if not self.link.try_send(outbox[0]):
+                    return False
+                outbox.popleft()
+            return self.link.try_flush()
+
+    def flush(self) -> Steps[None]:
+        while not self.try_flush():
+            wait = self.link.arm(Want.SEND)
+            if self.try_flush():
+                return
+            yield wait
+
+    def receive(self) -> Steps[list[bytes]]:
+        """What is there, one frame at least."""
+        while True:
+            frames = self._try_receive()
+            if frames:
+                return frames
+            wait = self.link.arm(Want.RECV)
+            frames = self._try_receive()
+            if frames:
+                return frames
+            yield wait
+
+    def _try_receive(self) -> list[bytes]:
+        frames: list[bytes] = []
+        try:
+            while len(frames) < 256 and (frame := self.link.try_recv()) is not None:
+                frames.append(frame)
+        except errors.IpcError:
+            if not frames:  # sticky: it is raised again after these were heard
+                raise
+        return frames
+
+    def break_off(self, error: errors.IpcError) -> None:
+        """It is over: every call that is under way ends with this error."""
+        with self.mutex:
+            if self.error is None:
+                self.error = error
+            lost = self.core.lost()
+        for call in lost:
+            call.changed()
+        for waiter in tuple(self.waiting):
+            waiter.wake()
+
+    def hand_over(self) -> None:
+        """The turn is free: somebody who waits may take it."""
+        with suppress(IndexError):
+            self.waiting[0].wake()
+
+
+def again(error: errors.IpcError, operation: str | None) -> errors.IpcError:
+    """The error of a connection, for one more of its calls."""
+    copy = type(error)(error.message, url=error.url, operation=operation, hint=error.hint)
+    if isinstance(copy, errors.PeerDied) and isinstance(error, errors.PeerDied):
+        copy.pid = error.pid
+    return copy

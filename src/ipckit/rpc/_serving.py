@@ -1,0 +1,300 @@
+"""How calls become handlers' work, and what comes of it the way back. For both shells; the engine moves the frames.
+
+A handler runs in one of four ways: a function or a generator on a thread of the crew, a coroutine or an asynchronous generator as a
+task. None of them holds a thread while its caller's window is closed, except a function that reads a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from .. import errors
+from . import failures
+from .context import CallContext, _current
+from .contract import Contract, Method, Wire, unwritable
+from .protocol import ServerCall
+
+if TYPE_CHECKING:
+    from ._engine import Engine, ServerConnection
+
+#: A call that takes longer than this, in seconds, is not one for the thread that receives.
+SHORT = 0.0005
+#: So many short ones in a row, and the method is tried there again.
+_REFORMED = 64
+
+
+class Exposed:
+    """A method of an exposed service, ready to be called. `quick`: it may run on the thread that receives."""
+
+    __slots__ = ("_short", "contract", "function", "method", "quick", "target", "trusted", "wire")
+
+    def __init__(self, target: str, contract: Contract, method: Method, function: Callable[..., Any]) -> None:
+        self.target = target
+        self.contract = contract
+        self.method = method
+        self.function = function
+        self.wire: Wire = method.wire("msgpack", named=False)
+        may = method.plain and not method.coroutine and not method.shape.streams_in and not method.shape.streams_out
+        self.trusted = may and method.options.inline is not False
+        self.quick = self.trusted
+        self._short = 0
+
+    def overstayed(self) -> None:
+        """It held up the thread that receives."""
+        if self.method.options.inline is None:
+            self.quick, self._short = False, 0
+
+    def took(self, seconds: float) -> None:
+        """On a thread of its own."""
+        self._short = self._short + 1 if seconds < SHORT else 0
+        if self._short >= _REFORMED:
+            self.quick, self._short = self.trusted, 0
+
+
+class Job:
+    """One call and its handler."""
+
+    def __init__(self, engine: Engine, conn: ServerConnection, call: ServerCall, exposed: Exposed) -> None:
+        self.engine, self.conn, self.call, self.exposed = engine, conn, call, exposed
+        dialect = conn.core.dialect
+        self.wire = exposed.method.wire(dialect.format, named=dialect.named)
+        self.context = CallContext(
+            call.target, exposed.method.name, call.metadata, call.deadline, conn.link.peer, lambda: call.cancelled
+        )
+
+    def invoke(self, stream: Any) -> Any:
+        args = self.wire.decode_args(self.call.body)
+        method = self.exposed.method
+        proceed: Callable[[], Any] = lambda: method.invoke(self.exposed.function, args, stream)  # noqa: E731
+        for interceptor in reversed(self.engine.interceptors):
+            proceed = _intercept(interceptor, self.context, proceed)
+        return proceed()
+
+    def encoded(self, value: Any) -> bytes:
+        try:
+            return self.wire.encode(value)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise unwritable(error) from error
+
+    def succeed(self, value: Any) -> None:
+        body = self.encoded(value)
+        with self.conn.mutex:
+            self.conn.core.result(self.call, body)
+        self.done()
+
+    def fail(self, error: BaseException) -> None:
+        failure = failures.failure_of(self.call.id, error, self.engine.tracebacks)
+        if failure.code == "REMOTE_ERROR":
+            self.engine.failed(self.context, error)
+        with self.conn.mutex:
+            self.conn.core.fail(self.call, failure)
+        self.done()
+
+    def done(self) -> None:
+        with self.conn.mutex:
+            self.conn.core.finish(self.call)
+        self.engine.finished(self)
+
+    # -- in threads ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """On a thread of the crew."""
+        token = _current.set(self.context)
+        began = time.perf_counter()
+        try:
+            shape = self.exposed.method.shape
+            value = self.invoke(Inputs(self) if shape.streams_in else None)
+            if shape.streams_out:
+                Production(self, iter(value)).pump()
+            else:
+                self.succeed(value)
+                self.exposed.took(time.perf_counter() - began)
+        except BaseException as error:
+            self.fail(error)
+        finally:
+            _current.reset(token)
+
+    # -- on the loop ---------------------------------------------------------------------------------------------------
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On the loop's thread."""
+        context = contextvars.copy_context()
+        context.run(_current.set, self.context)
+        task = loop.create_task(self._task(), context=context)
+        self.engine.tasks.add(task)
+        task.add_done_callback(self.engine.tasks.discard)
+
+        def changed() -> None:
+            if self.call.cancelled is not None:
+                _soon(loop, task.cancel)
+
+        self.call.watchers.append(changed)
+
+    async def _task(self) -> None:
+        try:
+            shape = self.exposed.method.shape
+            value = self.invoke(AsyncInputs(self) if shape.streams_in else None)
+            if shape.streams_out:
+                await self._stream(value)
+            else:
+                self.succeed(await value)
+        except asyncio.CancelledError:
+            self.fail(errors.Cancelled("the handler was cancelled"))
+        except BaseException as error:
+            self.fail(error)
+
+    async def _stream(self, items: Any) -> None:
+        try:
+            async for value in items:
+                body = self.encoded(value)
+                while not self.conn.roomy(self.call):
+                    await self.change(lambda: self.conn.roomy(self.call))
+                with self.conn.mutex:
+                    wanted = self.conn.core.item(self.call, body)
+                if not wanted:
+                    break
+                self.engine.flush(self.conn)
+        finally:
+            if hasattr(items, "aclose"):
+                await items.aclose()
+        with self.conn.mutex:
+            self.conn.core.end(self.call)
+        self.done()
+
+    async def change(self, ready: Callable[[], bool]) -> None:
+        """Until something has changed about this call."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def done() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        def changed() -> None:
+            _soon(loop, done)
+
+        self.call.watchers.append(changed)
+        try:
+            if not ready():
+                await future
+        finally:
+            self.call.watchers.remove(changed)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, action: Callable[[], Any]) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and with it whoever waited
+        loop.call_soon_threadsafe(action)
+
+
+def _intercept(interceptor: Callable[..., Any], context: CallContext, proceed: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: interceptor(context, proceed)
+
+
+class Production:
+    """A generator of results, advanced while the caller has room; between that, no thread is its own."""
+
+    def __init__(self, job: Job, items: Iterator[Any]) -> None:
+        self._job, self._items = job, items
+        self._parked = False
+        job.call.watchers.append(self._changed)
+
+    def pump(self) -> None:
+        job = self._job
+        conn, call, core, mutex = job.conn, job.call, job.conn.core, job.conn.mutex
+        encode, flush = job.encoded, job.engine.flush
+        token = _current.set(job.context)
+        try:
+            while not call.done:
+                with mutex:
+                    if not conn.roomy(call):
+                        self._parked = True
+                        return
+                value = next(self._items)
+                body = encode(value)
+                with mutex:
+                    core.item(call, body)
+                flush(conn)
+            self._close()
+            job.done()
+        except StopIteration:
+            with mutex:
+                core.end(call)
+            job.done()
+        except BaseException as error:
+            self._close()
+            job.fail(error)
+        finally:
+            _current.reset(token)
+
+    def _close(self) -> None:
+        close = getattr(self._items, "close", None)
+        if close is not None:
+            try:
+                close()
+            except Exception as error:
+                self._job.engine.failed(self._job.context, error)
+
+    def _changed(self) -> None:
+        job = self._job
+        with job.conn.mutex:
+            if not self._parked or not (job.call.done or job.conn.roomy(job.call)):
+                return
+            self._parked = False
+        job.engine.crew.submit(self.pump)
+
+
+class Inputs(Iterator[Any]):
+    """The stream that a caller sends, for a handler in a thread."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._changed = threading.Event()
+        job.call.watchers.append(self._changed.set)
+
+    def __next__(self) -> Any:
+        job = self._job
+        while True:
+            self._changed.clear()
+            with job.conn.mutex:
+                body = job.conn.core.take(job.call)
+            if body is not None:
+                job.engine.flush(job.conn)
+                return job.wire.decode_item(body)
+            _stop(job)
+            self._changed.wait()
+
+
+class AsyncInputs(AsyncIterator[Any]):
+    """The stream that a caller sends, for a handler on the loop."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    async def __anext__(self) -> Any:
+        job, call = self._job, self._job.call
+        while True:
+            with job.conn.mutex:
+                body = job.conn.core.take(call)
+            if body is not None:
+                job.engine.flush(job.conn)
+                return job.wire.decode_item(body)
+            try:
+                _stop(job)
+            except StopIteration:
+                raise StopAsyncIteration from None
+            await job.change(lambda: bool(call.inbox) or call.inbox_ended or call.cancelled is not None)
+
+
+def _stop(job: Job) -> None:
+    """Raise what the end of this input is, if it has ended."""
+    job_call = job.call
+    if job_call.cancelled is not None:
+        job.context.check()
+    if job_call.inbox_ended and not job_call.inbox:
+        raise StopIteration

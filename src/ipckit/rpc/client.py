@@ -1,0 +1,588 @@
+"""Calls from threads.
+
+    with ipckit.client("unix://shop", Shop) as shop:      # typed: `shop` is a Shop whose methods call the server
+        shop.price("tea")
+        ipckit.rpc.using(shop, timeout=0.5).price("tea")  # with a deadline
+
+    with ipckit.client("unix://shop") as client:          # untyped
+        client.call("shop", "price", "tea", timeout=0.5)
+
+Any number of threads may use one client at once: their calls share one connection. A unary call that meets nobody else takes a short
+way: it writes its frame, and reads the answer with the link's own blocking verbs; the state machine hears of it only if something
+else happens. A lost connection ends the calls that are under way, and the next call makes a new one.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast, overload
+
+from .. import errors
+from .._url import Url
+from .._wait import run
+from ._calling import Base, CallOptions, Interceptor, Live, Request, Subscribed, milliseconds
+from ._connection import BROKEN, Waiter
+from .contract import Contract, Method, Shape, unwritable
+from .dialects import CALL, HEAD, MAGIC, RESULT
+from .protocol import ClientCall
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+#: How long connecting may take unless said otherwise, in seconds; the first time as well as again.
+PATIENCE = 10.0
+
+
+class Client(Base):
+    """A connection to a server that is made again when it is lost. See `client` for the arguments."""
+
+    def __init__(
+        self,
+        url: str | Url,
+        *,
+        timeout: float | None = PATIENCE,
+        call_timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        interceptors: Sequence[Interceptor] = (),
+        require: Collection[str] = (),
+    ) -> None:
+        super().__init__(
+            url,
+            timeout=timeout,
+            call_timeout=call_timeout,
+            metadata=metadata,
+            interceptors=interceptors,
+            require=require,
+        )
+        self._dialing = threading.Lock()
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        target: str,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **named: Any,
+    ) -> Any:
+        """Call a method without a contract. Values are plain (maps, lists, text ...).
+
+        The result, or an iterator where the method streams. The stream of a method that takes one is its argument `stream`.
+        `timeout`: seconds until the deadline. Raises what typed calls raise, and UnknownTarget, UnknownMethod.
+        """
+        found = self._lookup(target, method)
+        return self._call(target, found, args, named, self._options.with_(timeout, metadata))
+
+    def _lookup(self, target: str, method: str) -> Method:
+        description = self._described.get(target)
+        if description is None:
+            conn = self._connected(None)
+            if conn.turn.acquire():
+                try:
+                    description = run(self._describe(conn, target), conn.rx, self._patience)
+                finally:
+                    self._release(conn)
+            self._described[target] = description = cast("dict[str, Any]", description)
+        return self._untyped(target, method, description)
+
+    def _call(
+        self, target: str, method: Method, args: tuple[Any, ...], named: dict[str, Any], options: CallOptions
+    ) -> Any:
+        request = self._request(target, method, args, named, options)
+        if self._interceptors:
+            return self._intercepted(request, lambda: self._perform(request))
+        return self._perform(request)
+
+    def _perform(self, request: Request) -> Any:
+        while True:
+            try:
+                conn, call = self._start(request)
+                if request.method.shape.streams_out:
+                    return Results(self, conn, call, request)
+                if request.stream is not None:
+                    self._feed(conn, call, request)
+                self._await(conn, call, request)
+                return self._outcome(conn, call, request)
+            except errors.IpcError as error:
+                if not self._worth_again(error, request):
+                    raise
+
+    def _start(self, request: Request) -> tuple[Live, ClientCall]:
+        """The call on its way. A connection that turns out to be lost before it could be sent costs nothing."""
+        while True:
+            conn = self._connected(request.deadline)
+            try:
+                call = self._begin(conn, request)
+                self._flush(conn, request.deadline)
+            except BROKEN as error:
+                self._broke(conn, error)
+                if self.closed:
+                    raise
+            except errors.Timeout as error:
+                self._give_up(conn, call)
+                raise self._overdue(request) from error
+            else:
+                return conn, call
+
+    def _await(self, conn: Live, call: ClientCall, request: Request) -> None:
+        try:
+            self._wait(conn, call, lambda: call.done, request.deadline)
+        except BaseException:  # Ctrl-C
+            self._give_up(conn, call)
+            raise
+        if not call.done:
+            self._give_up(conn, call)
+            raise self._overdue(request)
+
+    def _give_up(self, conn: Live, call: ClientCall) -> None:
+        with conn.mutex:
+            conn.core.cancel(call)
+        with suppress(errors.IpcError):
+            conn.try_flush()
+
+    def _feed(self, conn: Live, call: ClientCall, request: Request) -> None:
+        """Send the stream of this call."""
+        encode = request.method.wire("msgpack", named=False).encode
+        for value in request.stream:
+            if call.credit <= 0:
+                self._wait(conn, call, lambda: call.done or call.credit > 0, request.deadline)
+            try:
+                body = encode(value)
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                self._give_up(conn, call)
+                raise unwritable(error) from error
+            with conn.mutex:
+                wanted = call.credit > 0 and conn.core.item(call, body)
+            if not wanted:
+                return
+            self._send(conn, request.deadline)
+        with conn.mutex:
+            conn.core.end(call)
+        self._send(conn, request.deadline)
+
+    def _send(self, conn: Live, deadline: float | None) -> None:
+        try:
+            self._flush(conn, deadline)
+        except BROKEN as error:
+            self._broke(conn, error)
+
+    # -- waiting: whoever waits turns the loop -------------------------------------------------------------------------
+
+    def _wait(self, conn: Live, whose: Any, ready: Callable[[], bool], deadline: float | None) -> bool:
+        """Until `ready`, the end of the connection, or the deadline. Receives for everybody while nobody else does."""
+        if ready():
+            return True
+        waiter = Waiter()
+        whose.watchers.append(waiter.wake)
+        conn.waiting.append(waiter)
+        try:
+            while not ready() and conn.error is None:
+                if deadline is not None and time.monotonic() >= deadline:
+                    return False
+                if conn.turn.acquire(False):
+                    try:
+                        while not ready() and conn.error is None:
+                            if not self._receive(conn, deadline):
+                                return False
+                    finally:
+                        conn.turn.release()
+                else:
+                    waiter.sleep(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+        finally:
+            whose.watchers.remove(waiter.wake)
+            conn.waiting.remove(waiter)
+            if conn.waiting and not conn.turn.locked():  # it may have been handed to us, and we need it no more
+                conn.hand_over()
+        return True
+
+    def _release(self, conn: Live) -> None:
+        conn.turn.release()
+        if conn.waiting:
+            conn.hand_over()
+
+    def _receive(self, conn: Live, deadline: float | None) -> bool:
+        """Hear what comes next. False: nothing came before the deadline."""
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        try:
+            if conn.fused is not None:
+                conn.heard(conn.fused.recv_many(256, left))
+            else:
+                conn.heard(run(conn.receive(), conn.rx, left))
+            if conn.core.outbox:
+                self._flush(conn, None)
+        except errors.Timeout:
+            return False
+        except BROKEN as error:
+            self._broke(conn, error)
+        return True
+
+    def _flush(self, conn: Live, deadline: float | None) -> None:
+        if not conn.try_flush():
+            run(conn.flush(), conn.tx, None if deadline is None else max(deadline - time.monotonic(), 0.0))
+
+    def _connected(self, deadline: float | None) -> Live:
+        conn = self._lines.conn
+        if conn is not None and conn.good:
+            return conn
+        with self._dialing:
+            conn = self._lines.conn
+            if conn is not None and conn.good:
+                return conn
+            self._gate.check("call")
+            if self._pause:
+                time.sleep(self._pausing())
+            return run(self._dial(), self._dial_lane, self._patient_until(deadline))
+
+    # -- the short way -------------------------------------------------------------------------------------------------
+
+    def _caller(self, target: str, method: Method, options: CallOptions) -> Callable[..., Any]:
+        """The function behind a typed method."""
+
+        def call(*args: Any, **named: Any) -> Any:
+            return self._call(target, method, args, named, options)
+
+        short = method.shape is Shape.UNARY and method.plain and not options.metadata and not self._interceptors
+        return _short_way(self, target, method, options, call) if short else call
+
+    def _resume(self, conn: Live, id: int, reply: bytes | None, request: Request) -> Any:
+        """A call that took the short way and met something else: `reply` is not its result, or it was interrupted."""
+        with conn.mutex:
+            call = conn.core.adopt(id, request.deadline)
+        if reply is not None:
+            try:
+                conn.heard([reply])
+            except errors.ProtocolError as error:
+                self._broke(conn, error)
+        try:
+            self._await(conn, call, request)
+            return self._outcome(conn, call, request)
+        except errors.IpcError as error:
+            if self._worth_again(error, request):
+                return self._perform(request)
+            raise
+
+    # -- contracts, pushes, the end ------------------------------------------------------------------------------------
+
+    def proxy(self, contract: type[S], target: str | None = None) -> S:
+        """An object that is typed as `contract` and calls this server. Compares the contracts when it is connected."""
+        name, known = self._expect(contract, target)
+        conn = self._lines.conn
+        if conn is None:
+            self._connected(None)
+        else:
+            conn.turn.acquire()
+            try:
+                run(self._compare(conn, name, known), conn.rx, self._patience)
+            finally:
+                self._release(conn)
+        return make_proxy(self, contract, name, known, self._options)
+
+    def subscribe(self, types: Any, *, backlog: int = 1000) -> Subscription:
+        """The messages of these types that the server broadcasts, from when this returns: `for value in subscription`.
+
+        Args:
+            types: a message type, its name, or several.
+            backlog: messages that may wait here; beyond it the oldest are dropped, and `Subscription.lost` counts them.
+        """
+        return Subscription(self, Subscribed(self._types_of(types), backlog))
+
+    def close(self) -> None:
+        """Immediate and idempotent. Calls under way raise Closed."""
+        self._close()
+        self._lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _short_way(
+    client: Client, target: str, method: Method, options: CallOptions, long: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`call`, for a unary call that meets nobody else. Everything it needs is at hand, and nothing is made but the frame."""
+    lines = client._lines
+    name = f"{target}.{method.name}".encode()
+    wire = method.wire("msgpack", named=False)
+    encode, decode = wire.encode_args, wire.decode_result
+    count, size, timeout = len(method.parameters), len(name), options.timeout
+    ttl = milliseconds(timeout)
+    pack, unpack, start = HEAD.pack, HEAD.unpack_from, HEAD.size
+
+    def call(*args: Any, **named: Any) -> Any:
+        conn = lines.conn
+        if named or len(args) != count or conn is None or conn.fused is None or not conn.turn.acquire(False):
+            return long(*args, **named)
+        reply: bytes | None = None
+        id = conn.core.next_id()
+        sent = False
+        try:
+            frame = pack(MAGIC, CALL, size, id, ttl) + name + encode(args)
+            conn.fused.send(frame, timeout)
+            sent = True
+            reply = conn.fused.recv(timeout)
+            _, kind, _, whose, _ = unpack(reply)
+            if whose == id and kind == RESULT:
+                return decode(reply[start:])
+        except errors.OutcomeUnknown:
+            sent = True
+        except errors.Timeout:
+            pass
+        except BROKEN as error:
+            if isinstance(error, errors.SchemaError | errors.CodecError):  # the answer was not what was declared
+                raise
+            client._broke(conn, error)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            if isinstance(error, errors.IpcError):
+                raise
+            raise unwritable(error) from error
+        except struct.error as error:
+            client._broke(conn, errors.ProtocolError(f"this is no frame of ours: {error}", url=client.url))
+        except BaseException:  # Ctrl-C: the server is told that nobody waits any more
+            if sent:
+                _forget(client, conn, id)
+            raise
+        finally:
+            conn.turn.release()
+            if conn.waiting:
+                conn.hand_over()
+        if not sent:
+            return long(*args) if timeout is None or conn.error is not None else _too_late(client, target, method)
+        request = client._request(target, method, args, named, options)
+        if reply is None:  # the time was up, or the connection lost
+            request.deadline = time.monotonic() if conn.error is None else request.deadline
+        return client._resume(conn, id, reply, request)
+
+    return call
+
+
+def _forget(client: Client, conn: Live, id: int) -> None:
+    with conn.mutex:
+        call = conn.core.adopt(id, None)
+    client._give_up(conn, call)
+
+
+def _too_late(client: Client, target: str, method: Method) -> Any:
+    raise errors.DeadlineExceeded(
+        "the deadline passed before the call could be sent", url=client.url, operation=f"{target}.{method.name}"
+    )
+
+
+class Results(Iterator[Any]):
+    """What a method streams back. Leaving it early (`close()`, or dropping it) cancels the call."""
+
+    def __init__(self, client: Client, conn: Live, call: ClientCall, request: Request) -> None:
+        self._client, self._conn, self._call, self._request = client, conn, call, request
+        self._decode = request.method.wire("msgpack", named=False).decode_result
+        self._over = False
+        self._failed: Exception | None = None
+        if request.stream is not None:
+            feeder = threading.Thread(target=self._send, name=f"ipckit-{request.operation}", daemon=True)
+            feeder.start()
+
+    def _send(self) -> None:
+        try:
+            self._client._feed(self._conn, self._call, self._request)
+        except Exception as error:  # of the user's iterator, or a value that cannot be sent: the caller is told
+            self._failed = error
+            self._client._give_up(self._conn, self._call)
+            self._call.changed()
+
+    def __next__(self) -> Any:
+        call, conn = self._call, self._conn
+        while not self._over:
+            with conn.mutex:
+                body = conn.core.take(call)
+            if body is not None:
+                if conn.core.outbox:
+                    self._client._send(conn, self._request.deadline)
+                return self._decode(body)
+            if call.done:
+                self._over = True
+                if self._failed is not None:
+                    raise self._failed
+                self._client._raise_failure(conn, call, self._request)
+            else:
+                try:
+                    in_time = self._client._wait(
+                        conn, call, lambda: bool(call.inbox) or call.done, self._request.deadline
+                    )
+                except BaseException:
+                    self.close()
+                    raise
+                if not in_time:
+                    self.close()
+                    raise self._client._overdue(self._request)
+        raise StopIteration
+
+    def close(self) -> None:
+        """No longer interested: the server is told to stop."""
+        self._over = True
+        if not self._call.done:
+            self._client._give_up(self._conn, self._call)
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+
+class Subscription(Iterator[Any]):
+    """Pushes of the server, as an iterator until `close`. It survives a lost connection; what was pushed meanwhile is gone."""
+
+    def __init__(self, client: Client, subscribed: Subscribed) -> None:
+        self._client, self._subscribed = client, subscribed
+        self._conn: Live | None = None
+        client._subscriptions.append(subscribed)
+        self._subscribe()
+
+    @property
+    def lost(self) -> int:
+        """How many messages were dropped because this subscriber did not keep up."""
+        return self._subscribed.lost
+
+    def _subscribe(self) -> None:
+        client = self._client
+        conn = client._lines.conn
+        known = conn is not None and conn.good
+        self._conn = conn = client._connected(None)
+        if known:  # else the connection was made with it
+            with conn.mutex:
+                call = conn.core.subscribe(list(self._subscribed.types))
+            client._flush(conn, None)
+            client._wait(conn, call, lambda: call.done, None)
+
+    def recv(self, timeout: float | None = None) -> Any:
+        """The next message. Raises Timeout, SchemaError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pushes = self._subscribed.pushes
+        while not pushes:
+            self._client._gate.check("recv")
+            conn = self._client._connected(deadline)
+            if not self._client._wait(conn, self._subscribed, lambda: bool(pushes), deadline):
+                raise errors.Timeout(f"nothing was pushed within {timeout} s", url=self._client.url, operation="recv")
+        return self._subscribed.value(pushes.popleft())
+
+    def __next__(self) -> Any:
+        try:
+            return self.recv()
+        except errors.Closed:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """No longer interested."""
+        subscriptions = self._client._subscriptions
+        if self._subscribed in subscriptions:
+            subscriptions.remove(self._subscribed)
+            left = {name for each in subscriptions for name in each.types}
+            gone = [name for name in self._subscribed.types if name not in left]
+            conn = self._client._lines.conn
+            if gone and conn is not None and conn.good:
+                with conn.mutex:
+                    conn.core.unsubscribe(gone)
+                with suppress(errors.IpcError):
+                    conn.try_flush()
+
+
+def make_proxy(client: Any, contract: type[S], target: str, known: Contract, options: CallOptions) -> S:
+    """An instance of `contract`, made without its constructor, whose methods are the client's."""
+    kind = type(contract.__name__, (contract,), {"__slots__": (), "__module__": contract.__module__, "close": _close})
+    proxy = cast("Any", object.__new__(kind))
+    proxy.__dict__["_ipckit"] = (client, contract, target, known, options)
+    for name, method in known.methods.items():
+        proxy.__dict__[name] = client._caller(target, method, options)
+    return cast("S", proxy)
+
+
+def _close(self: Any) -> Any:
+    return self._ipckit[0].close()
+
+
+@overload
+def client(
+    url: str | Url,
+    contract: None = None,
+    /,
+    *,
+    timeout: float | None = PATIENCE,
+    call_timeout: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    interceptors: Sequence[Interceptor] = (),
+    require: Collection[str] = (),
+) -> Client: ...
+@overload
+def client(
+    url: str | Url,
+    contract: type[S],
+    /,
+    *,
+    target: str | None = None,
+    timeout: float | None = PATIENCE,
+    call_timeout: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    interceptors: Sequence[Interceptor] = (),
+    require: Collection[str] = (),
+) -> S: ...
+def client(
+    url: str | Url,
+    contract: Any = None,
+    /,
+    *,
+    target: str | None = None,
+    timeout: float | None = PATIENCE,
+    call_timeout: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    interceptors: Sequence[Interceptor] = (),
+    require: Collection[str] = (),
+) -> Any:
+    """Reach a server. With a contract: a typed object whose methods call it; without: a `Client`.
+
+    Args:
+        url: where the server is.
+        contract: a Service class. It is compared with the server's when it is connected.
+        target: the name that the service is exposed under; by default the class's, in lower case.
+        timeout: seconds for connecting, the first time and again; None waits until there is a server.
+        call_timeout: seconds until the deadline of each call; `using` gives single calls another one. None: no deadline.
+        metadata: header names (lower case) and values that travel with every call.
+        interceptors: `(request, proceed) -> result`, the first is the outermost.
+        require: capabilities that the transport must have.
+
+    Raises: NothingListening; UnknownTarget; SchemaError for a contract that the server's breaks, naming method and field; what
+        opening a transport raises. Calls raise: RemoteError, DeadlineExceeded, PeerDied, PeerClosed, TargetBusy, RateLimited,
+        ShuttingDown, SchemaError, CodecError, UnknownTarget, UnknownMethod, MessageTooLarge, Closed.
+    """
+    made = Client(
+        url,
+        timeout=timeout,
+        call_timeout=call_timeout,
+        metadata=metadata,
+        interceptors=interceptors,
+        require=require,
+    )
+    try:
+        if contract is not None:
+            return made.proxy(contract, target)
+        made._connected(None)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def using(service: S, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None) -> S:
+    """The same client's object, whose calls have this deadline (seconds) and this metadata besides what they had."""
+    try:
+        made, contract, target, known, options = cast("Any", service)._ipckit
+    except AttributeError:
+        raise TypeError("using() takes what client(url, Contract) returned") from None
+    return cast("S", make_proxy(made, contract, target, known, options.with_(timeout, metadata)))
