@@ -20,21 +20,32 @@ from .queue import AsyncReceiver as Receiver
 from .queue import AsyncSender as Sender
 from .queue import areceiver as receiver
 from .queue import asender as sender
+from .rpc._aclient import AsyncClient as Client
+from .rpc._aclient import aclient as client
+from .rpc._aserver import AsyncServer as Server
+from .rpc._aserver import aserve as serve
+from .rpc.contract import Service, rpc
 
 __all__ = [
     "Channel",
+    "Client",
     "Listener",
     "Message",
     "Publisher",
     "Receiver",
     "Sender",
+    "Server",
+    "Service",
     "Subscriber",
     "capabilities",
+    "client",
     "connect",
     "listen",
     "pair",
     "publisher",
     "receiver",
+    "rpc",
     "sender",
+    "serve",
     "subscriber",
 ]

@@ -2,7 +2,7 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract
 
 
 class TestFifo(ChannelContract):
@@ -27,3 +27,9 @@ class TestFifoTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "fifo://topics"
+
+
+class TestFifoCalls(RpcContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"fifo://contract-{uuid4().hex}"

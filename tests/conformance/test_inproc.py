@@ -2,7 +2,7 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract
 
 
 class TestInproc(ChannelContract):
@@ -27,3 +27,9 @@ class TestInprocTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return f"inproc://{uuid4().hex}"
+
+
+class TestInprocCalls(RpcContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "inproc://contract"

@@ -6,7 +6,7 @@ import pytest
 
 import ipckit
 from ipckit import errors
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract
 
 
 class TestMq(ChannelContract):
@@ -39,3 +39,9 @@ class TestMqTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return f"mq://topics-{uuid4().hex}?depth=8&frame=2048"
+
+
+class TestMqCalls(RpcContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"mq://contract-{uuid4().hex}?depth=8&frame=2048"

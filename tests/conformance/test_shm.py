@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract
 
 
 class TestShm(ChannelContract):
@@ -22,6 +22,12 @@ class TestShmQueue(QueueContract):
 class TestShmTopics(PubSubContract):
     schemes = ("shm",)
 
+    @pytest.fixture
+    def url(self) -> str:
+        return "shm://contract"
+
+
+class TestShmCalls(RpcContract):
     @pytest.fixture
     def url(self) -> str:
         return "shm://contract"

@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract, free_port
 
 
 class TestTcp(ChannelContract):
@@ -25,3 +25,9 @@ class TestTcpTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return f"tcp://127.0.0.1:{free_port()}"
+
+
+class TestTcpCalls(RpcContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "tcp://127.0.0.1:0"

@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract
 
 
 class TestUnix(ChannelContract):
@@ -22,6 +22,12 @@ class TestUnixQueue(QueueContract):
 class TestUnixTopics(PubSubContract):
     schemes = ("unix",)
 
+    @pytest.fixture
+    def url(self) -> str:
+        return "unix://contract"
+
+
+class TestUnixCalls(RpcContract):
     @pytest.fixture
     def url(self) -> str:
         return "unix://contract"

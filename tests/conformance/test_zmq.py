@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract, free_port
 
 
 class TestZmqTcp(ChannelContract):
@@ -124,3 +124,21 @@ class TestZmqInprocNativeTopics(PubSubContract):
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance?native=on"
+
+
+class TestZmqTcpCalls(RpcContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return f"zmq+tcp://127.0.0.1:{free_port()}"
+
+
+class TestZmqIpcCalls(RpcContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+ipc://conformance"
+
+
+class TestZmqInprocCalls(RpcContract):
+    @pytest.fixture
+    def url(self) -> str:
+        return "zmq+inproc://conformance"

@@ -16,8 +16,8 @@ How the parts fit, from the ground up:
 | `server.py` `_aserver.py` | its two shells |
 | `context.py` | `current()`: deadline, cancellation and metadata, for handlers |
 
-A transport that has calls of its own (gRPC, NATS) meets this package at `Contract` and `Method.wire`, and at `Job`-like handling of
-its own; one that has links needs nothing. Another dialect is a class like `Native`.
+A transport that has calls of its own (gRPC, NATS) meets this package at `Contract` and `Method.wire`, and at `Job`-like
+handling of its own; one that has links needs nothing. Another dialect is a class like `Native`.
 The module itself is the decorator: `@ipckit.rpc`, `@ipckit.rpc(idempotent=True)`.
 """
 

@@ -1,7 +1,7 @@
 """What the two clients share: everything but the waiting.
 
-`Base` knows the server's address, what is expected of it, and how a connection is made (steps, for either driver). `Request` is one
-call before it has a connection; it may be begun again on another one.
+`Base` knows the server's address, what is expected of it, and how a connection is made (steps, for either driver). `Request`
+is one call before it has a connection; it may be begun again on another one.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class Base(Endpoint):
             raise again(conn.error, request.operation)
 
     def _worth_again(self, error: errors.IpcError, request: Request) -> bool:
-        lost = isinstance(error, BROKEN) or isinstance(error, errors.ShuttingDown)
+        lost = isinstance(error, (*BROKEN, errors.ShuttingDown))
         return lost and request.retriable and not self.closed
 
     def _overdue(self, request: Request) -> errors.DeadlineExceeded:

@@ -1,7 +1,7 @@
 """A client's connection: one link, its state machine, and who waits for what.
 
-Whoever waits turns the loop (ADR 5): there is no I/O thread. One caller at a time holds the *turn* and receives, for everybody; the
-others sleep until their call has changed or the turn is handed to them. Sending needs no turn.
+Whoever waits turns the loop (ADR 5): there is no I/O thread. One caller at a time holds the *turn* and receives, for
+everybody; the others sleep until their call has changed or the turn is handed to them. Sending needs no turn.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The server without its shells: connections, who receives from them, and where handlers run.
 
-One *watcher* sleeps on the listener and on every connection that nobody attends. In a server of threads, a connection on which something
-comes is given to a worker, which *attends* it: it blocks in the link's own receive, and runs short methods itself, so that
-a call costs no change of threads. Nobody is blocked by a handler that turns out to be long: the watcher looks at the workers every few
-milliseconds, takes the connection over from one that is still in the same call, and the method is run on threads of its own
-from then on, until it has been short for a while (ADR 21). On an event loop the watcher is a task that receives for everybody.
+One *watcher* sleeps on the listener and on every connection that nobody attends. In a server of threads, a connection on
+which something comes is given to a worker, which *attends* it: it blocks in the link's own receive, and runs short methods
+itself, so that a call costs no change of threads. Nobody is blocked by a handler that turns out to be long: the watcher
+looks at the workers every few milliseconds, takes the connection over from one that is still in the same call, and the
+method is run on threads of its own from then on, until it has been short for a while (ADR 21). On an event loop the watcher
+is a task that receives for everybody.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Engine:
         self._quick_calls = 0
         self._watch = Watch()
         self._door_armed = False
-        self._drained = threading.Event()
+        self.on_drained: Callable[[], None] | None = None
         self._closed = False
         self.expose("ipckit", _BuiltIn(self))
 
@@ -541,7 +542,10 @@ class Engine:
         if exposed.method.coroutine:
             assert self.loop is not None
             loop = self.loop()
-            loop.call_soon_threadsafe(job.begin, loop)
+            if self._threads:
+                loop.call_soon_threadsafe(job.begin, loop)
+            else:
+                job.begin(loop)
         elif exposed.method.options.inline and not self._threads:
             job.run()
         else:
@@ -563,8 +567,9 @@ class Engine:
         with self._mutex:
             self._in_flight -= 1
             self.counts["calls"] += 1
-        if self.stopping and not self._in_flight:
-            self._drained.set()
+            last = self.stopping and not self._in_flight
+        if last and self.on_drained is not None:
+            self.on_drained()
 
     def failed(self, context: CallContext, error: BaseException) -> None:
         """A handler raised: the caller is told the type and the text; here it is logged whole."""

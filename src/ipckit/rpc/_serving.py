@@ -1,7 +1,7 @@
 """How calls become handlers' work, and what comes of it the way back. For both shells; the engine moves the frames.
 
-A handler runs in one of four ways: a function or a generator on a thread of the crew, a coroutine or an asynchronous generator as a
-task. None of them holds a thread while its caller's window is closed, except a function that reads a stream.
+A handler runs in one of four ways: a function or a generator on a thread of the crew, a coroutine or an asynchronous
+generator as a task. None of them holds a thread while its caller's window is closed, except a function that reads a stream.
 """
 
 from __future__ import annotations

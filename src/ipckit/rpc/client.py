@@ -7,9 +7,9 @@
     with ipckit.client("unix://shop") as client:          # untyped
         client.call("shop", "price", "tea", timeout=0.5)
 
-Any number of threads may use one client at once: their calls share one connection. A unary call that meets nobody else takes a short
-way: it writes its frame, and reads the answer with the link's own blocking verbs; the state machine hears of it only if something
-else happens. A lost connection ends the calls that are under way, and the next call makes a new one.
+Any number of threads may use one client at once: their calls share one connection. A unary call that meets nobody else takes
+a short way: it writes its frame, and reads the answer with the link's own blocking verbs; the state machine hears of it only
+if something else happens. A lost connection ends the calls that are under way, and the next call makes a new one.
 """
 
 from __future__ import annotations

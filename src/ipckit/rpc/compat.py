@@ -1,8 +1,8 @@
 """Which changes of a contract break its callers.
 
 `check(old, new)` takes two descriptions (`Contract.describe()`) and asks: can a client that was written for `old` go on calling a
-server that has `new`? What the client sends must be accepted by the new parameters, what the server returns by the old result. The
-answer names the method and the field.
+server that has `new`? What the client sends must be accepted by the new parameters, what the server returns by the old
+result. The answer names the method and the field.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`ipckit.rpc.current()`: the call that this code is running for.
 
-In a task or in a thread of a slow call it stands in a context variable. A call that runs on the thread that received it costs nothing to
-announce: that thread knows what it is at.
+In a task or in a thread of a slow call it stands in a context variable. A call that runs on the thread that received it
+costs nothing to announce: that thread knows what it is at.
 """
 
 from __future__ import annotations

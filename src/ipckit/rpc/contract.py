@@ -74,11 +74,12 @@ class MethodOptions:
 class Service:
     """The base of services: every public method with annotations can be called remotely.
 
-    The same class is the contract: `client(url, Shop)` returns an object that is typed as a `Shop`, whose methods call the server.
+    The same class is the contract: `client(url, Shop)` returns an object that is typed as a `Shop`, whose methods call the
+    server.
     """
 
-    def close(self) -> None:
-        """Of a client: close its connection. A service may override it; the server does not call it."""
+    def close(self) -> Any:
+        """Of a client: close its connection (to be awaited where its calls are). A server does not call it."""
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +91,9 @@ class Service:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.close()
+        closing = self.close()
+        if inspect.isawaitable(closing):
+            await closing
 
 
 @overload

@@ -1,8 +1,8 @@
 """Frames to events and back. `Native` is what two ipckits speak, over any link; docs/wire/rpc.md has its bytes.
 
-The first byte of a connection's first frame tells the dialect: 0xC1 is ours (MessagePack never begins with it, nor do JSON and the
-versioned headers of the envelope protocol). A dialect is a small class per connection; it may keep state, such as an item that waits
-for the word whether it was the last. It never fails but by `ProtocolError`, which costs the connection.
+The first byte of a connection's first frame tells the dialect: 0xC1 is ours (MessagePack never begins with it, nor do JSON
+and the versioned headers of the envelope protocol). A dialect is a small class per connection; it may keep state, such as an
+item that waits for the word whether it was the last. It never fails but by `ProtocolError`, which costs the connection.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What the two sides of a connection say to each other, apart from how it is written.
 
-A dialect turns frames into these and these into frames; the state machines (`protocol`) know nothing else. `id` is the correlation
-id, chosen by the client, never used twice on a connection. A body is a value as the dialect's format has it: the machines pass it on.
+A dialect turns frames into these and these into frames; the state machines (`protocol`) know nothing else. `id` is the
+correlation id, chosen by the client, never used twice on a connection. A body is a value as the dialect's format has it: the
+machines pass it on.
 """
 
 from __future__ import annotations

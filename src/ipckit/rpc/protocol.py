@@ -3,9 +3,10 @@
 Frames and the time go in; what happened comes out as return values, and frames to be sent gather in `outbox`. The shells move the
 frames, run the handlers, and have a lock: a core is used by one thread at a time.
 
-A call lives from `Call` to the first of `Result`, `Failure` and the server's `End`; whatever comes for it later is passed over, because
-cancels, deadlines and answers cross on their way. Streams are held by credits in bytes: a producer may send while it has any left (so
-one item of any size always fits), and the consumer gives back what it has consumed, in lumps of half a window.
+A call lives from `Call` to the first of `Result`, `Failure` and the server's `End`; whatever comes for it later is passed
+over, because cancels, deadlines and answers cross on their way. Streams are held by credits in bytes: a producer may send
+while it has any left (so one item of any size always fits), and the consumer gives back what it has consumed, in lumps of
+half a window.
 """
 
 from __future__ import annotations

@@ -142,10 +142,11 @@ class Server(BaseServer):
         if self._report is not None or self.closed:
             return self._report or ShutdownReport(0, 0, 0)
         deadline = time.monotonic() + drain
+        drained = threading.Event()
+        self._engine.on_drained = drained.set
         started = self._engine.stop()
         while not self._engine.drained() and (left := deadline - time.monotonic()) > 0:
-            self._engine._drained.wait(min(left, 0.05))
-            self._engine._drained.clear()
+            drained.wait(min(left, 0.02))  # what runs on the thread that received it says nothing at its end
         forced = self._engine.abort()
         self._report = ShutdownReport(started, max(started - forced, 0), forced)
         self.close()

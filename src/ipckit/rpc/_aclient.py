@@ -1,0 +1,460 @@
+"""Calls from tasks: the client of `client.py`, awaited.
+
+    async with await ipckit.aio.client("unix://shop", Shop) as shop:
+        await shop.price("tea")
+        async for price in shop.watch("tea"): ...
+
+Any number of tasks may use one client at once. A task of its own receives for all of them while the client is open, and
+flushes what the machine has to say. Editors and mypy see the contract as it is written: for calls that are awaited, declare
+its methods `async def`, and streams as `AsyncIterator`; a contract of plain functions works as well, and is typed as what it
+will be when it is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar, overload
+
+from .. import errors
+from .._url import Url
+from .._wait import arun
+from ._calling import Base, CallOptions, Interceptor, Live, Request, Subscribed
+from ._connection import BROKEN
+from .client import PATIENCE, make_proxy
+from .contract import Method, unwritable
+from .protocol import ClientCall
+
+S = TypeVar("S")
+
+
+class AsyncClient(Base):
+    """A connection to a server that is made again when it is lost. See `client` for the arguments; open it with `await`."""
+
+    def __init__(
+        self,
+        url: str | Url,
+        *,
+        timeout: float | None = PATIENCE,
+        call_timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        interceptors: Sequence[Interceptor] = (),
+        require: Collection[str] = (),
+    ) -> None:
+        super().__init__(
+            url,
+            timeout=timeout,
+            call_timeout=call_timeout,
+            metadata=metadata,
+            interceptors=interceptors,
+            require=require,
+        )
+        self._dialing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        target: str,
+        method: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **named: Any,
+    ) -> Any:
+        """`Client.call`, awaited; for a method that streams it returns an asynchronous iterator."""
+        if target not in self._described:
+            conn = await self._connected(None)
+            self._described[target] = await self._ask(conn, target)
+        found = self._untyped(target, method, self._described[target])
+        result = self._call(target, found, args, named, self._options.with_(timeout, metadata))
+        return result if found.shape.streams_out else await result
+
+    async def _ask(self, conn: Live, target: str) -> dict[str, Any]:
+        request = self._request("ipckit", _DESCRIBE, (target,), {}, self._options)
+        description: dict[str, Any] = await self._perform(request)
+        return description
+
+    def _caller(self, target: str, method: Method, options: CallOptions) -> Callable[..., Any]:
+        return lambda *args, **named: self._call(target, method, args, named, options)
+
+    def _call(
+        self, target: str, method: Method, args: tuple[Any, ...], named: dict[str, Any], options: CallOptions
+    ) -> Any:
+        request = self._request(target, method, args, named, options)
+        perform = AsyncResults if method.shape.streams_out else AsyncClient._perform
+        return self._intercepted(request, lambda: perform(self, request))
+
+    async def _perform(self, request: Request) -> Any:
+        while True:
+            try:
+                return await self._attempt(request)
+            except errors.IpcError as error:
+                if not self._worth_again(error, request):
+                    raise
+
+    async def _attempt(self, request: Request) -> Any:
+        conn, call = await self._start(request)
+        try:
+            if request.stream is not None:
+                await self._feed(conn, call, request)
+            if not await self._wait(call, lambda: call.done, request.deadline):
+                raise self._overdue(request)
+        finally:
+            self._give_up(conn, call)
+        return self._outcome(conn, call, request)
+
+    async def _start(self, request: Request) -> tuple[Live, ClientCall]:
+        while True:
+            conn = await self._connected(request.deadline)
+            try:
+                call = self._begin(conn, request)
+                await self._flush(conn)
+            except BROKEN as error:
+                self._broke(conn, error)
+                if self.closed:
+                    raise
+            else:
+                return conn, call
+
+    def _give_up(self, conn: Live, call: ClientCall) -> None:
+        """Nothing for a call that is done."""
+        with conn.mutex:
+            conn.core.cancel(call)
+        if conn.core.outbox:
+            with suppress(errors.IpcError):
+                conn.try_flush()
+
+    async def _feed(self, conn: Live, call: ClientCall, request: Request) -> None:
+        encode = request.method.wire("msgpack", named=False).encode
+        async for value in _each(request.stream):
+            if call.credit <= 0:
+                await self._wait(call, lambda: call.done or call.credit > 0, request.deadline)
+            try:
+                body = encode(value)
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise unwritable(error) from error
+            with conn.mutex:
+                wanted = call.credit > 0 and conn.core.item(call, body)
+            if not wanted:
+                return
+            await self._send(conn)
+        with conn.mutex:
+            conn.core.end(call)
+        await self._send(conn)
+
+    async def _send(self, conn: Live) -> None:
+        try:
+            await self._flush(conn)
+        except BROKEN as error:
+            self._broke(conn, error)
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    async def _wait(self, whose: Any, ready: Callable[[], bool], deadline: float | None) -> bool:
+        """Until `ready`, or the deadline."""
+        while not ready():
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
+            changed = _Once(future)
+            whose.watchers.append(changed)
+            timer = None
+            if deadline is not None:
+                timer = loop.call_later(max(deadline - time.monotonic(), 0.0), changed)
+            try:
+                await future
+            finally:
+                whose.watchers.remove(changed)
+                if timer is not None:
+                    timer.cancel()
+            if deadline is not None and time.monotonic() >= deadline:
+                return ready()
+        return True
+
+    async def _flush(self, conn: Live) -> None:
+        if not conn.try_flush():
+            await arun(conn.flush(), conn.tx, None)
+
+    async def _pump(self, conn: Live) -> None:
+        """Receive for everybody, until the connection is lost or closed."""
+        try:
+            while True:
+                conn.heard(await arun(conn.receive(), conn.rx, None))
+                if conn.core.outbox:
+                    await self._flush(conn)
+        except BROKEN as error:
+            self._broke(conn, error)
+            if self._subscriptions and not self.closed:
+                with suppress(errors.IpcError):
+                    await self._connected(None)
+
+    async def _connected(self, deadline: float | None) -> Live:
+        conn = self._lines.conn
+        if conn is not None and conn.good:
+            return conn
+        async with self._dialing:
+            conn = self._lines.conn
+            if conn is not None and conn.good:
+                return conn
+            self._gate.check("call")
+            if self._pause:
+                await asyncio.sleep(self._pausing())
+            conn = await arun(self._dial(), self._dial_lane, self._patient_until(deadline))
+            task = asyncio.get_running_loop().create_task(self._pump(conn), name=f"ipckit client {self.url}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return conn
+
+    # -- contracts, pushes, the end ------------------------------------------------------------------------------------
+
+    async def proxy(self, contract: type[S], target: str | None = None) -> S:
+        """An object that is typed as `contract` and calls this server. Compares the contracts."""
+        name, known = self._expect(contract, target)
+        fresh = self._lines.conn is None
+        conn = await self._connected(None)
+        if not fresh and conn.core.server is not None and conn.core.server.targets.get(name) != known.fingerprint:
+            conn = await self._again()
+        return make_proxy(self, contract, name, known, self._options)
+
+    async def _again(self) -> Live:
+        """A new connection beside the present one, which finishes its calls: what is expected is compared as it opens."""
+        self._lines.conn = None
+        return await self._connected(None)
+
+    async def subscribe(self, types: Any, *, backlog: int = 1000) -> AsyncSubscription:
+        """`Client.subscribe`, awaited: `async for value in subscription`."""
+        subscription = AsyncSubscription(self, Subscribed(self._types_of(types), backlog))
+        await subscription._open()
+        return subscription
+
+    async def close(self) -> None:
+        self._close()
+        self._lines.close()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class _Once:
+    """Ends a future, the first time it is called."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, future: asyncio.Future[None]) -> None:
+        self._future = future
+
+    def __call__(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+
+async def _each(values: Iterable[Any] | AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The items of either kind of stream."""
+    if hasattr(values, "__aiter__"):
+        async for value in values:
+            yield value
+    else:
+        for value in values:
+            yield value
+
+
+class AsyncResults(AsyncIterator[Any]):
+    """What a method streams back. Leaving it early (`aclose()`, or dropping it) cancels the call."""
+
+    def __init__(self, client: AsyncClient, request: Request) -> None:
+        self._client, self._request = client, request
+        self._decode = request.method.wire("msgpack", named=False).decode_result
+        self._begun: tuple[Live, ClientCall] | None = None
+        self._feeder: asyncio.Task[None] | None = None
+        self._over = False
+
+    async def __anext__(self) -> Any:
+        if self._over:
+            raise StopAsyncIteration
+        if self._begun is None:
+            self._begun = await self._client._start(self._request)
+            if self._request.stream is not None:
+                self._feeder = asyncio.get_running_loop().create_task(self._feed(*self._begun))
+        conn, call = self._begun
+        while True:
+            with conn.mutex:
+                body = conn.core.take(call)
+            if body is not None:
+                if conn.core.outbox:
+                    await self._client._send(conn)
+                return self._decode(body)
+            if call.done:
+                break
+            try:
+                in_time = await self._client._wait(call, lambda: bool(call.inbox) or call.done, self._request.deadline)
+            except BaseException:
+                self._stop()
+                raise
+            if not in_time:
+                self._stop()
+                raise self._client._overdue(self._request)
+        self._over = True
+        if self._feeder is not None:
+            await self._fed(self._feeder)
+        self._client._raise_failure(conn, call, self._request)
+        raise StopAsyncIteration
+
+    async def _feed(self, conn: Live, call: ClientCall) -> None:
+        try:
+            await self._client._feed(conn, call, self._request)
+        except BaseException:
+            self._client._give_up(conn, call)
+            call.changed()
+            raise
+
+    async def _fed(self, feeder: asyncio.Task[None]) -> None:
+        """What the sending of our stream came to; it stops when the call is over."""
+        if not feeder.done():
+            feeder.cancel()
+        with suppress(asyncio.CancelledError):
+            await feeder
+
+    def _stop(self) -> None:
+        self._over = True
+        if self._begun is not None:
+            self._client._give_up(*self._begun)
+        if self._feeder is not None:
+            self._feeder.cancel()
+
+    async def aclose(self) -> None:
+        """No longer interested: the server is told to stop."""
+        self._stop()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self._stop()
+
+
+class AsyncSubscription(AsyncIterator[Any]):
+    """Pushes of the server, until `close`. It survives a lost connection; what was pushed meanwhile is gone."""
+
+    def __init__(self, client: AsyncClient, subscribed: Subscribed) -> None:
+        self._client, self._subscribed = client, subscribed
+
+    @property
+    def lost(self) -> int:
+        """How many messages were dropped because this subscriber did not keep up."""
+        return self._subscribed.lost
+
+    async def _open(self) -> None:
+        client = self._client
+        conn = await client._connected(None)
+        client._subscriptions.append(self._subscribed)
+        with conn.mutex:
+            call = conn.core.subscribe(list(self._subscribed.types))
+        await client._flush(conn)
+        await client._wait(call, lambda: call.done, None)
+
+    async def recv(self, timeout: float | None = None) -> Any:
+        """The next message. Raises Timeout, SchemaError, Closed."""
+        client, pushes = self._client, self._subscribed.pushes
+        deadline = None if timeout is None else time.monotonic() + timeout
+        client._gate.check("recv")
+        if not await client._wait(self._subscribed, lambda: bool(pushes) or client.closed, deadline):
+            raise errors.Timeout(f"nothing was pushed within {timeout} s", url=client.url, operation="recv")
+        if not pushes:
+            client._gate.check("recv")
+        return self._subscribed.value(pushes.popleft())
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self.recv()
+        except errors.Closed:
+            raise StopAsyncIteration from None
+
+    async def close(self) -> None:
+        """No longer interested."""
+        subscriptions = self._client._subscriptions
+        if self._subscribed in subscriptions:
+            subscriptions.remove(self._subscribed)
+            gone = [name for name in self._subscribed.types if all(name not in each.types for each in subscriptions)]
+            conn = self._client._lines.conn
+            if gone and conn is not None and conn.good:
+                with conn.mutex:
+                    conn.core.unsubscribe(gone)
+                await self._client._send(conn)
+
+
+@overload
+async def aclient(
+    url: str | Url,
+    contract: None = None,
+    /,
+    *,
+    timeout: float | None = PATIENCE,
+    call_timeout: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    interceptors: Sequence[Interceptor] = (),
+    require: Collection[str] = (),
+) -> AsyncClient: ...
+@overload
+async def aclient(
+    url: str | Url,
+    contract: type[S],
+    /,
+    *,
+    target: str | None = None,
+    timeout: float | None = PATIENCE,
+    call_timeout: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    interceptors: Sequence[Interceptor] = (),
+    require: Collection[str] = (),
+) -> S: ...
+async def aclient(
+    url: str | Url,
+    contract: Any = None,
+    /,
+    *,
+    target: str | None = None,
+    timeout: float | None = PATIENCE,
+    call_timeout: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    interceptors: Sequence[Interceptor] = (),
+    require: Collection[str] = (),
+) -> Any:
+    """`client`, awaited. Calls of what it returns are awaited; streams are asynchronous iterators."""
+    made = AsyncClient(
+        url,
+        timeout=timeout,
+        call_timeout=call_timeout,
+        metadata=metadata,
+        interceptors=interceptors,
+        require=require,
+    )
+    try:
+        if contract is not None:
+            return await made.proxy(contract, target)
+        await made._connected(None)
+    except BaseException:
+        await made.close()
+        raise
+    return made
+
+
+def _describe() -> Method:
+    from ._engine import _BuiltIn
+    from .contract import contract_of
+
+    return contract_of(_BuiltIn).methods["describe"]
+
+
+_DESCRIBE = _describe()

@@ -1,0 +1,140 @@
+"""Serving from an event loop: the server of `server.py`, awaited.
+
+    async with ipckit.aio.Server("unix://shop", Shop()) as server: ...
+    await ipckit.aio.serve("unix://shop", Shop())       # until it is cancelled, or SIGTERM
+
+The loop receives; coroutines are its tasks. Functions run on threads, unless they are marked `inline=True`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+from .. import _options, errors
+from .._endpoint import Opening
+from .._url import Url
+from .._wait import arun
+from ._engine import ServerOptions, ShutdownReport
+from .server import BaseServer, ServerInterceptor
+
+
+class AsyncServer(BaseServer):
+    """`Server`, awaited: it listens once it has been awaited or entered."""
+
+    def __init__(
+        self,
+        url: str | Url,
+        /,
+        *services: Any,
+        timeout: float | None = None,
+        workers: int = 64,
+        max_connections: int = 10_000,
+        max_concurrent: int = 10_000,
+        max_per_connection: int = 1000,
+        tracebacks: bool = False,
+        interceptors: Sequence[ServerInterceptor] = (),
+        require: Collection[str] = (),
+    ) -> None:
+        self._opening = Opening(url, None, None, require, "rpc", "serve")
+        self.url = self._opening.url
+        self._services = services
+        self._serving = ServerOptions(workers, max_connections, max_concurrent, max_per_connection, tracebacks)
+        self._interceptors = tuple(interceptors)
+        self._timeout = timeout
+        self._watcher: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self._open().__await__()
+
+    async def _open(self) -> Self:
+        opening = self._opening
+        read = _options.read(opening.transport.options, opening.url)
+        listener = await opening.arun(opening.transport.listen(opening.url, read), self._timeout)
+        try:
+            super().__init__(opening, listener, self._services, self._serving, self._interceptors, threads=False)
+        except BaseException:
+            listener.close()
+            raise
+        loop = asyncio.get_running_loop()
+        self._engine.loop = lambda: loop
+        self._watcher = loop.create_task(self._watch(), name=f"ipckit server {self.url}")
+        return self
+
+    async def _watch(self) -> None:
+        with suppress(errors.Closed):
+            await arun(self._engine.watching(), self._watcher_lane, None)
+
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Until the server has ended. False when it still runs after `timeout` seconds."""
+        try:
+            await asyncio.wait_for(self._ended.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    async def shutdown(self, drain: float = 5) -> ShutdownReport:
+        """Take no new calls, let those under way finish for `drain` seconds, cut off the rest, and end."""
+        if self._report is not None or self.closed:
+            return self._report or ShutdownReport(0, 0, 0)
+        drained, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._engine.on_drained = lambda: loop.call_soon_threadsafe(drained.set)
+        started = self._engine.stop()
+        if not self._engine.drained():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(drained.wait(), drain)
+        forced = self._engine.abort()
+        self._report = ShutdownReport(started, max(started - forced, 0), forced)
+        await self.close()
+        return self._report
+
+    async def close(self) -> None:
+        """End at once."""
+        self._close()
+        self._watcher_gate.close()
+        tasks = [*self._engine.tasks, *([self._watcher] if self._watcher is not None else [])]
+        for task in self._engine.tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._engine.crew.close(0.1)
+        self._ended.set()
+
+    async def __aenter__(self) -> Self:
+        return self if self._watcher is not None else await self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+
+async def aserve(
+    url: str | Url,
+    /,
+    *services: Any,
+    drain: float = 5,
+    ready: Callable[[AsyncServer], None] | None = None,
+    **options: Any,
+) -> ShutdownReport:
+    """`serve`, awaited: until SIGTERM, or until it is cancelled; calls under way are given `drain` seconds in both cases."""
+    server = await AsyncServer(url, *services, **options)
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    main = threading.current_thread() is threading.main_thread()
+    if main:
+        loop.add_signal_handler(signal.SIGTERM, stopped.set)
+    try:
+        if ready is not None:
+            ready(server)
+        await stopped.wait()
+    finally:
+        if main:
+            loop.remove_signal_handler(signal.SIGTERM)
+        report = await server.shutdown(drain)
+    return report
