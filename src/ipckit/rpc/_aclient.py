@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar, overload
 from .. import errors
 from .._url import Url
 from .._wait import arun
-from ._calling import Base, CallOptions, Interceptor, Live, Request, Subscribed
+from ._calling import DESCRIBE, Base, CallOptions, Interceptor, Live, Request, Subscribed
 from ._connection import BROKEN
 from .client import PATIENCE, make_proxy
 from .contract import Method, unwritable
@@ -69,16 +69,11 @@ class AsyncClient(Base):
     ) -> Any:
         """`Client.call`, awaited; for a method that streams it returns an asynchronous iterator."""
         if target not in self._described:
-            conn = await self._connected(None)
-            self._described[target] = await self._ask(conn, target)
+            request = self._request("ipckit", DESCRIBE, (target,), {}, self._options)
+            self._described[target] = await self._perform(request)
         found = self._untyped(target, method, self._described[target])
         result = self._call(target, found, args, named, self._options.with_(timeout, metadata))
         return result if found.shape.streams_out else await result
-
-    async def _ask(self, conn: Live, target: str) -> dict[str, Any]:
-        request = self._request("ipckit", _DESCRIBE, (target,), {}, self._options)
-        description: dict[str, Any] = await self._perform(request)
-        return description
 
     def _caller(self, target: str, method: Method, options: CallOptions) -> Callable[..., Any]:
         return lambda *args, **named: self._call(target, method, args, named, options)
@@ -214,17 +209,10 @@ class AsyncClient(Base):
 
     async def proxy(self, contract: type[S], target: str | None = None) -> S:
         """An object that is typed as `contract` and calls this server. Compares the contracts."""
-        name, known = self._expect(contract, target)
-        fresh = self._lines.conn is None
-        conn = await self._connected(None)
-        if not fresh and conn.core.server is not None and conn.core.server.targets.get(name) != known.fingerprint:
-            conn = await self._again()
+        with self._expecting(contract, target) as (name, known):
+            if not self._compared(name, known):
+                await self._connected(None)
         return make_proxy(self, contract, name, known, self._options)
-
-    async def _again(self) -> Live:
-        """A new connection beside the present one, which finishes its calls: what is expected is compared as it opens."""
-        self._lines.conn = None
-        return await self._connected(None)
 
     async def subscribe(self, types: Any, *, backlog: int = 1000) -> AsyncSubscription:
         """`Client.subscribe`, awaited: `async for value in subscription`."""
@@ -448,13 +436,3 @@ async def aclient(
         await made.close()
         raise
     return made
-
-
-def _describe() -> Method:
-    from ._engine import _BuiltIn
-    from .contract import contract_of
-
-    return contract_of(_BuiltIn).methods["describe"]
-
-
-_DESCRIBE = _describe()

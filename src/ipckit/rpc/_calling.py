@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,8 +24,18 @@ from .._wait import Gate, Lane
 from ..message import check_headers
 from . import compat, events, failures
 from ._connection import BROKEN, Connection, again
-from .contract import Contract, Method, Parameter, Shape, contract_of, fingerprint, target_name, unwritable
-from .dialects import milliseconds
+from .contract import (
+    Contract,
+    Method,
+    MethodOptions,
+    Parameter,
+    Service,
+    Shape,
+    contract_of,
+    rpc,
+    target_name,
+    unwritable,
+)
 from .protocol import ClientCall
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 1.0
@@ -96,6 +107,7 @@ class Live(Connection):
         self.gate = Gate(url, link.close)
         self.rx = Lane(self.gate, "call")
         self.tx = Lane(self.gate, "call")
+        self.agreed: set[tuple[str, str]] = set()  # targets, and the fingerprints of contracts that they fit
         self.fused: Fused | None = link if isinstance(link, Fused) else None
 
     def close(self) -> None:
@@ -124,7 +136,7 @@ class Base(Endpoint):
         self._patience = timeout
         self._options = CallOptions(call_timeout, dict(check_headers(metadata)))
         self._interceptors = tuple(interceptors)
-        self._expected: dict[str, Contract] = {}
+        self._expected: dict[tuple[str, str], Contract] = {}  # by target and fingerprint
         self._described: dict[str, dict[str, Any]] = {}
         self._subscriptions: list[Subscribed] = []
         self._dial_lane = Lane(self._gate, "client", passing=True)
@@ -138,14 +150,14 @@ class Base(Endpoint):
         link = yield from self._opening.transport.connect(self.url, self._transport_options)
         conn = Live(link, self.url, self._pushed)
         try:
-            conn.core.hello({target: contract.fingerprint for target, contract in self._expected.items()})
+            conn.core.hello(dict(self._expected.keys()))
             types = sorted({name for each in self._subscriptions for name in each.types})
             if types:
                 conn.core.subscribe(types)
             yield from conn.flush()
             while conn.core.server is None:
                 conn.heard((yield from conn.receive()))
-            for target, contract in self._expected.items():
+            for (target, _), contract in tuple(self._expected.items()):
                 yield from self._compare(conn, target, contract)
         except errors.PeerClosed as error:
             conn.close()
@@ -170,6 +182,7 @@ class Base(Endpoint):
         """What this server has at `target`, against what we expect of it."""
         assert conn.core.server is not None
         theirs = conn.core.server.targets.get(target)
+        conn.agreed.add((target, contract.fingerprint))
         if theirs == contract.fingerprint:
             return
         if theirs is None:
@@ -231,7 +244,7 @@ class Base(Endpoint):
     def _begin(self, conn: Live, request: Request) -> ClientCall:
         wire = request.method.wire("msgpack", named=False)
         try:
-            body = wire.encode_args(request.args)
+            body = wire.encode_args(_given(request.args))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise unwritable(error) from error
         with conn.mutex:
@@ -272,11 +285,32 @@ class Base(Endpoint):
 
     # -- what is typed and what is not ---------------------------------------------------------------------------------
 
-    def _expect(self, contract: Any, target: str | None) -> tuple[str, Contract]:
+    @contextmanager
+    def _expecting(self, contract: Any, target: str | None) -> Iterator[tuple[str, Contract]]:
+        """From now on every connection is to have this contract; unless the block, which connects, finds that it does not fit."""
         known = contract_of(contract)
-        name = target or target_name(contract)
-        self._expected[name] = known
-        return name, known
+        key = target or target_name(contract), known.fingerprint
+        new = key not in self._expected
+        self._expected[key] = known
+        try:
+            yield key[0], known
+        except BaseException:
+            if new:
+                self._expected.pop(key, None)
+            raise
+
+    def _compared(self, target: str, contract: Contract) -> bool:
+        """The present connection's server has just this. Else a new connection is made beside it, which compares as it opens;
+        calls under way are finished on the old one.
+        """
+        conn = self._lines.conn
+        if conn is None or not conn.good or conn.core.server is None:
+            return False
+        if (target, contract.fingerprint) in conn.agreed:
+            return True
+        self._lines.old.append(conn)
+        self._lines.conn = None
+        return False
 
     def _untyped(self, target: str, name: str, description: dict[str, Any]) -> Method:
         """A method as the server describes it, for callers without a contract."""
@@ -297,7 +331,7 @@ class Base(Endpoint):
         )
         shape = Shape(found["shape"])
         stream = "stream" if shape.streams_in else None
-        options = contract_options(found)
+        options = MethodOptions(idempotent=found.get("idempotent", False))
         return Method(name, _no_function, shape, parameters, Any, stream, len(parameters), Any, None, False, options)
 
     # -- pushes --------------------------------------------------------------------------------------------------------
@@ -342,6 +376,13 @@ class Subscribed:
             raise errors.SchemaError(f"a push of {push.type}: {error}") from error
 
 
+def _given(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without the optional ones at the end that an untyped caller left to the server."""
+    while args and args[-1] is msgspec.UNSET:
+        args = args[:-1]
+    return args
+
+
 class _Proceed:
     __slots__ = ("_interceptor", "_next", "_request")
 
@@ -352,14 +393,16 @@ class _Proceed:
         return self._interceptor(self._request, self._next)
 
 
-def contract_options(description: dict[str, Any]) -> Any:
-    from .contract import MethodOptions
+class _Builtin(Service):
+    """The target `ipckit` that every server has, as far as clients use it."""
 
-    return MethodOptions(idempotent=description.get("idempotent", False))
+    @rpc(idempotent=True)
+    def describe(self, target: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+DESCRIBE = contract_of(_Builtin).methods["describe"]
 
 
 def _no_function(*_: Any) -> Any:
     raise TypeError("this method is the server's")
-
-
-__all__ = ["Base", "CallOptions", "Interceptor", "Live", "Request", "Subscribed", "fingerprint", "milliseconds"]

@@ -25,10 +25,10 @@ from typing import Any, Self, TypeVar, cast, overload
 from .. import errors
 from .._url import Url
 from .._wait import run
-from ._calling import Base, CallOptions, Interceptor, Live, Request, Subscribed, milliseconds
+from ._calling import DESCRIBE, Base, CallOptions, Interceptor, Live, Request, Subscribed
 from ._connection import BROKEN, Waiter
 from .contract import Contract, Method, Shape, unwritable
-from .dialects import CALL, HEAD, MAGIC, RESULT
+from .dialects import CALL, HEAD, MAGIC, RESULT, milliseconds
 from .protocol import ClientCall
 
 S = TypeVar("S")
@@ -82,16 +82,9 @@ class Client(Base):
         return self._call(target, found, args, named, self._options.with_(timeout, metadata))
 
     def _lookup(self, target: str, method: str) -> Method:
-        description = self._described.get(target)
-        if description is None:
-            conn = self._connected(None)
-            if conn.turn.acquire():
-                try:
-                    description = run(self._describe(conn, target), conn.rx, self._patience)
-                finally:
-                    self._release(conn)
-            self._described[target] = description = cast("dict[str, Any]", description)
-        return self._untyped(target, method, description)
+        if target not in self._described:
+            self._described[target] = self._perform(self._request("ipckit", DESCRIBE, (target,), {}, self._options))
+        return self._untyped(target, method, self._described[target])
 
     def _call(
         self, target: str, method: Method, args: tuple[Any, ...], named: dict[str, Any], options: CallOptions
@@ -203,11 +196,6 @@ class Client(Base):
                 conn.hand_over()
         return True
 
-    def _release(self, conn: Live) -> None:
-        conn.turn.release()
-        if conn.waiting:
-            conn.hand_over()
-
     def _receive(self, conn: Live, deadline: float | None) -> bool:
         """Hear what comes next. False: nothing came before the deadline."""
         left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
@@ -273,16 +261,9 @@ class Client(Base):
 
     def proxy(self, contract: type[S], target: str | None = None) -> S:
         """An object that is typed as `contract` and calls this server. Compares the contracts when it is connected."""
-        name, known = self._expect(contract, target)
-        conn = self._lines.conn
-        if conn is None:
-            self._connected(None)
-        else:
-            conn.turn.acquire()
-            try:
-                run(self._compare(conn, name, known), conn.rx, self._patience)
-            finally:
-                self._release(conn)
+        with self._expecting(contract, target) as (name, known):
+            if not self._compared(name, known):
+                self._connected(None)
         return make_proxy(self, contract, name, known, self._options)
 
     def subscribe(self, types: Any, *, backlog: int = 1000) -> Subscription:

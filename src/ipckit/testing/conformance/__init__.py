@@ -13,7 +13,19 @@ skipped is what the transport's `Capabilities` do not declare, and nothing else.
 
 import pytest
 
-for _name in ("_base", "_messages", "_waiting", "_ending", "_naming", "_programs", "_queueing", "queue", "pubsub", "rpc", "_services"):
+for _name in (
+    "_base",
+    "_messages",
+    "_waiting",
+    "_ending",
+    "_naming",
+    "_programs",
+    "_queueing",
+    "queue",
+    "pubsub",
+    "rpc",
+    "_services",
+):
     pytest.register_assert_rewrite(f"{__name__}.{_name}")
 
 from .channel import ChannelContract, broker, free_port  # noqa: E402 - the rewriting has to be announced first

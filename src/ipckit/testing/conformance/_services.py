@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 import ipckit
+import ipckit.aio
 from ipckit import errors
 from ipckit.rpc import current, using
 
@@ -314,7 +315,7 @@ async def many(client: Any, number: int, calls: int) -> int:
             right += await got(shop.add(who, n) if n % 3 else shop.aadd(who, n)) == who + n
         return right
 
-    if inspect.iscoroutinefunction(type(client).call):
+    if isinstance(client, ipckit.aio.Client):
         return sum(await asyncio.gather(*(caller(who) for who in range(number))))
     from ._parties import HANG, finish, in_thread
 
