@@ -196,10 +196,8 @@ class Opening:
         self.transport = _registry.open_transport(self.url, required)
         self.capabilities = self.transport.capabilities_of(self.url)
         if pattern not in self.capabilities.patterns:
-            lossy = pattern == "queue" and not self.capabilities.reliable
-            why = ": a queue loses nothing, and this transport does not declare 'reliable'" if lossy else ""
             raise errors.Unsupported(
-                f"there is no pattern {pattern!r} at this address{why}",
+                f"there is no pattern {pattern!r} at this address{_why_not(pattern, self.capabilities)}",
                 url=self.url,
                 operation=operation,
                 hint=f"it has: {', '.join(sorted(self.capabilities.patterns))}",
@@ -215,3 +213,10 @@ class Opening:
     async def arun(self, steps: Steps[T], timeout: float | None) -> T:
         with closing(self._lane.gate):
             return await arun(steps, self._lane, timeout)
+
+
+def _why_not(pattern: Pattern, capabilities: Capabilities) -> str:
+    if capabilities.reliable or pattern not in ("queue", "rpc"):
+        return ""
+    what = "a queue loses nothing" if pattern == "queue" else "what is lost would be a call that is never answered"
+    return f": {what}, and this transport does not declare 'reliable'"

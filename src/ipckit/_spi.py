@@ -228,6 +228,9 @@ class Transport(ABC, Generic[OptionsT]):
     #: Modules that must be importable, and the extra that brings them (`pip install ".[extra]"`).
     requires: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    #: The module that makes calls its own way (`Server`, `AsyncServer`, `Client`, `AsyncClient`: subclasses of those of
+    #: `ipckit.rpc`), by its name, because a transport imports no pattern. None: calls go over its links.
+    calls: ClassVar[str | None] = None
 
     def capabilities_of(self, url: Url) -> Capabilities:
         return self.capabilities

@@ -1,6 +1,6 @@
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract
 
 
 class TestPipe(ChannelContract):
@@ -20,6 +20,14 @@ class TestPipeQueue(QueueContract):
 
 
 class TestPipeTopics(PubSubContract):
+    schemes = ("pipe",)
+
+    @pytest.fixture
+    def url(self) -> str:
+        return "pipe://"
+
+
+class TestPipeCalls(RpcContract):
     schemes = ("pipe",)
 
     @pytest.fixture

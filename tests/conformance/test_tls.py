@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract, free_port
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,12 @@ class TestTlsQueue(QueueContract):
 class TestTlsTopics(PubSubContract):
     schemes = ("tls",)
 
+    @pytest.fixture
+    def url(self, certificate: Path) -> str:
+        return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"
+
+
+class TestTlsCalls(RpcContract):
     @pytest.fixture
     def url(self, certificate: Path) -> str:
         return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"

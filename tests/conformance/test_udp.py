@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+import ipckit
 from ipckit.testing.conformance import ChannelContract, PubSubContract, free_port
 from ipckit.testing.conformance._parties import HANG, Local
 from ipckit.testing.conformance._process import Process, Remote
@@ -75,3 +76,10 @@ class TestUdpTopics(BestEffort):
     @pytest.fixture
     def url(self) -> str:
         return f"udp://127.0.0.1:{free_port(socket.SOCK_DGRAM)}"
+
+
+def test_calls_are_refused_with_the_reason() -> None:
+    with pytest.raises(ipckit.errors.Unsupported, match="a call that is never answered"):
+        ipckit.Server("udp://127.0.0.1:0")
+    with pytest.raises(ipckit.errors.Unsupported, match="a call that is never answered"):
+        ipckit.client("udp://127.0.0.1:1")

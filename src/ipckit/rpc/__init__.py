@@ -10,14 +10,18 @@ How the parts fit, from the ground up:
 | `dialects.py` | frames to events and back: `Dialect`, and ours, `Native` |
 | `protocol.py` | `ClientCore` and `ServerCore`: correlation, streams and credits, deadlines, cancellation; without I/O |
 | `failures.py` | exceptions to what travels, and back |
+| `_place.py` | a URL, or a channel in its place |
 | `_connection.py` `_calling.py` | a client's connection, and what its two shells share |
-| `client.py` `_aclient.py` | the clients: threads, tasks |
-| `_engine.py` `_serving.py` `_crew.py` | the server: connections, handlers, threads |
+| `client.py` `_short.py` `_results.py` | the client for threads: calls, their short way, streams and pushes |
+| `_aclient.py` | the client for tasks |
+| `_exposed.py` `_limits.py` | what a server exposes, and what it allows |
+| `_engine.py` `_session.py` | the server: its watcher, and one client as it sees it |
+| `_attend.py` `_serving.py` `_crew.py` | where handlers run: on the thread that receives, on a thread or a loop of their own |
 | `server.py` `_aserver.py` | its two shells |
 | `context.py` | `current()`: deadline, cancellation and metadata, for handlers |
 
-A transport that has calls of its own (gRPC, NATS) meets this package at `Contract` and `Method.wire`, and at `Job`-like
-handling of its own; one that has links needs nothing. Another dialect is a class like `Native`.
+A transport that has calls of its own (gRPC, NATS) names a module with four classes (`Transport.calls`), and shares contracts and
+codecs with the rest; one that has links needs nothing. Another dialect is a class like `Native`.
 The module itself is the decorator: `@ipckit.rpc`, `@ipckit.rpc(idempotent=True)`.
 """
 
@@ -27,8 +31,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from ._engine import ServerOptions, ShutdownReport
-from .client import Client, Results, Subscription, client, using
+from ._limits import ServerOptions, ShutdownReport
+from ._results import Results, Subscription
+from .client import Client, client, using
 from .compat import check
 from .context import CallContext, current
 from .contract import Contract, Method, Service, Shape, contract_of, rpc

@@ -22,8 +22,11 @@ from typing import Any, Self, TypeVar, overload
 from .. import errors
 from .._url import Url
 from .._wait import arun
+from ..channel import AsyncChannel, Channel
 from ._calling import DESCRIBE, Base, CallOptions, Interceptor, Live, Request, Subscribed
 from ._connection import BROKEN
+from ._exposed import BUILT_IN
+from ._place import native_class
 from .client import PATIENCE, make_proxy
 from .contract import Method, unwritable
 from .protocol import ClientCall
@@ -36,7 +39,8 @@ class AsyncClient(Base):
 
     def __init__(
         self,
-        url: str | Url,
+        where: str | Url | Channel[Any] | AsyncChannel[Any],
+        /,
         *,
         timeout: float | None = PATIENCE,
         call_timeout: float | None = None,
@@ -45,7 +49,7 @@ class AsyncClient(Base):
         require: Collection[str] = (),
     ) -> None:
         super().__init__(
-            url,
+            where,
             timeout=timeout,
             call_timeout=call_timeout,
             metadata=metadata,
@@ -54,6 +58,11 @@ class AsyncClient(Base):
         )
         self._dialing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def __new__(cls, where: Any, /, **_: Any) -> Self:
+        """Of the transport's own class, where it makes calls its own way."""
+        native: type[Self] | None = native_class(where, "AsyncClient") if cls is AsyncClient else None
+        return object.__new__(native or cls)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -69,7 +78,7 @@ class AsyncClient(Base):
     ) -> Any:
         """`Client.call`, awaited; for a method that streams it returns an asynchronous iterator."""
         if target not in self._described:
-            request = self._request("ipckit", DESCRIBE, (target,), {}, self._options)
+            request = self._request(BUILT_IN, DESCRIBE, (target,), {}, self._options)
             self._described[target] = await self._perform(request)
         found = self._untyped(target, method, self._described[target])
         result = self._call(target, found, args, named, self._options.with_(timeout, metadata))
@@ -210,8 +219,10 @@ class AsyncClient(Base):
     async def proxy(self, contract: type[S], target: str | None = None) -> S:
         """An object that is typed as `contract` and calls this server. Compares the contracts."""
         with self._expecting(contract, target) as (name, known):
-            if not self._compared(name, known):
-                await self._connected(None)
+            conn = await self._connected(None)
+            if not conn.agrees(name, known):  # it was there before
+                request = self._request(BUILT_IN, DESCRIBE, (name,), {}, self._options)
+                self._compare(conn, name, known, await self._perform(request))
         return make_proxy(self, contract, name, known, self._options)
 
     async def subscribe(self, types: Any, *, backlog: int = 1000) -> AsyncSubscription:
@@ -384,7 +395,7 @@ class AsyncSubscription(AsyncIterator[Any]):
 
 @overload
 async def aclient(
-    url: str | Url,
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: None = None,
     /,
     *,
@@ -396,7 +407,7 @@ async def aclient(
 ) -> AsyncClient: ...
 @overload
 async def aclient(
-    url: str | Url,
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: type[S],
     /,
     *,
@@ -408,7 +419,7 @@ async def aclient(
     require: Collection[str] = (),
 ) -> S: ...
 async def aclient(
-    url: str | Url,
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: Any = None,
     /,
     *,
@@ -421,7 +432,7 @@ async def aclient(
 ) -> Any:
     """`client`, awaited. Calls of what it returns are awaited; streams are asynchronous iterators."""
     made = AsyncClient(
-        url,
+        where,
         timeout=timeout,
         call_timeout=call_timeout,
         metadata=metadata,

@@ -13,23 +13,30 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from .. import _options, errors
-from .._endpoint import Opening
+from .. import errors
 from .._url import Url
 from .._wait import arun
-from ._engine import ServerOptions, ShutdownReport
+from ..channel import AsyncChannel, Channel
+from ._limits import ServerOptions, ShutdownReport
+from ._place import Place, native_class
 from .server import BaseServer, ServerInterceptor
 
 
 class AsyncServer(BaseServer):
     """`Server`, awaited: it listens once it has been awaited or entered."""
 
+    def __new__(cls, where: Any, /, *_: Any, **__: Any) -> Self:
+        """Of the transport's own class, where it makes calls its own way."""
+        native: type[Self] | None = native_class(where, "AsyncServer") if cls is AsyncServer else None
+        return object.__new__(native or cls)
+
     def __init__(
         self,
-        url: str | Url,
+        where: str | Url | Channel[Any] | AsyncChannel[Any],
         /,
         *services: Any,
         timeout: float | None = None,
@@ -41,8 +48,8 @@ class AsyncServer(BaseServer):
         interceptors: Sequence[ServerInterceptor] = (),
         require: Collection[str] = (),
     ) -> None:
-        self._opening = Opening(url, None, None, require, "rpc", "serve")
-        self.url = self._opening.url
+        self._opened = Place(where, require, "serve")
+        self.url = self._opened.url
         self._services = services
         self._serving = ServerOptions(workers, max_connections, max_concurrent, max_per_connection, tracebacks)
         self._interceptors = tuple(interceptors)
@@ -54,11 +61,9 @@ class AsyncServer(BaseServer):
         return self._open().__await__()
 
     async def _open(self) -> Self:
-        opening = self._opening
-        read = _options.read(opening.transport.options, opening.url)
-        listener = await opening.arun(opening.transport.listen(opening.url, read), self._timeout)
+        listener = await self._opened.arun(self._opened.listen(), self._timeout)
         try:
-            super().__init__(opening, listener, self._services, self._serving, self._interceptors, threads=False)
+            super().__init__(self._opened, listener, self._services, self._serving, self._interceptors, threads=False)
         except BaseException:
             listener.close()
             raise
@@ -70,6 +75,7 @@ class AsyncServer(BaseServer):
     async def _watch(self) -> None:
         with suppress(errors.Closed):
             await arun(self._engine.watching(), self._watcher_lane, None)
+            await self.close()  # it had one client, who has left
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Until the server has ended. False when it still runs after `timeout` seconds."""
@@ -84,7 +90,7 @@ class AsyncServer(BaseServer):
         if self._report is not None or self.closed:
             return self._report or ShutdownReport(0, 0, 0)
         drained, loop = asyncio.Event(), asyncio.get_running_loop()
-        self._engine.on_drained = lambda: loop.call_soon_threadsafe(drained.set)
+        self._engine.on_drained = partial(loop.call_soon_threadsafe, drained.set)
         started = self._engine.stop()
         if not self._engine.drained():
             with suppress(TimeoutError):
@@ -98,9 +104,11 @@ class AsyncServer(BaseServer):
         """End at once."""
         self._close()
         self._watcher_gate.close()
-        tasks = [*self._engine.tasks, *([self._watcher] if self._watcher is not None else [])]
-        for task in self._engine.tasks:
+        tasks = tuple(self._engine.tasks)
+        for task in tasks:
             task.cancel()
+        if self._watcher is not None and self._watcher is not asyncio.current_task():
+            tasks += (self._watcher,)
         await asyncio.gather(*tasks, return_exceptions=True)
         self._engine.crew.close(0.1)
         self._ended.set()
@@ -115,7 +123,7 @@ class AsyncServer(BaseServer):
 
 
 async def aserve(
-    url: str | Url,
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
     /,
     *services: Any,
     drain: float = 5,
@@ -123,7 +131,7 @@ async def aserve(
     **options: Any,
 ) -> ShutdownReport:
     """`serve`, awaited: until SIGTERM, or until it is cancelled; calls under way are given `drain` seconds in both cases."""
-    server = await AsyncServer(url, *services, **options)
+    server = await AsyncServer(where, *services, **options)
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     main = threading.current_thread() is threading.main_thread()

@@ -16,14 +16,17 @@ from typing import Any
 
 import msgspec
 
-from .. import _options, errors
-from .._endpoint import Endpoint, Opening
+from .. import errors
+from .._endpoint import Endpoint
 from .._spi import Abandoning, Fused, Steps
 from .._url import Url
 from .._wait import Gate, Lane
+from ..channel import AsyncChannel, Channel
 from ..message import check_headers
 from . import compat, events, failures
 from ._connection import BROKEN, Connection, again
+from ._exposed import BUILT_IN
+from ._place import Place
 from .contract import (
     Contract,
     Method,
@@ -110,6 +113,10 @@ class Live(Connection):
         self.agreed: set[tuple[str, str]] = set()  # targets, and the fingerprints of contracts that they fit
         self.fused: Fused | None = link if isinstance(link, Fused) else None
 
+    def agrees(self, target: str, contract: Contract) -> bool:
+        """The server was found to have what this contract needs."""
+        return (target, contract.fingerprint) in self.agreed
+
     def close(self) -> None:
         self.gate.close()
         if self.fused is not None:  # its own calls wait inside it, not at our gate
@@ -121,7 +128,7 @@ class Base(Endpoint):
 
     def __init__(
         self,
-        url: str | Url,
+        where: str | Url | Channel[Any] | AsyncChannel[Any],
         *,
         timeout: float | None,
         call_timeout: float | None,
@@ -129,10 +136,9 @@ class Base(Endpoint):
         interceptors: Sequence[Interceptor],
         require: Collection[str],
     ) -> None:
-        self._opening = Opening(url, None, None, require, "rpc", "client")
+        self._place = Place(where, require, "client")
         self._lines = _Resource()
-        super().__init__(self._lines, self._opening.url, self._opening.capabilities)
-        self._transport_options = _options.read(self._opening.transport.options, self.url)
+        super().__init__(self._lines, self._place.url, self._place.capabilities)
         self._patience = timeout
         self._options = CallOptions(call_timeout, dict(check_headers(metadata)))
         self._interceptors = tuple(interceptors)
@@ -147,7 +153,7 @@ class Base(Endpoint):
 
     def _dial(self) -> Steps[Live]:
         """A connection whose server has what we expect. Raises ProtocolError for a contract that is incompatible."""
-        link = yield from self._opening.transport.connect(self.url, self._transport_options)
+        link = yield from self._place.connect()
         conn = Live(link, self.url, self._pushed)
         try:
             conn.core.hello(dict(self._expected.keys()))
@@ -158,7 +164,7 @@ class Base(Endpoint):
             while conn.core.server is None:
                 conn.heard((yield from conn.receive()))
             for (target, _), contract in tuple(self._expected.items()):
-                yield from self._compare(conn, target, contract)
+                yield from self._agree(conn, target, contract)
         except errors.PeerClosed as error:
             conn.close()
             raise errors.NothingListening(
@@ -171,26 +177,33 @@ class Base(Endpoint):
         return conn
 
     def _adopt(self, conn: Live) -> None:
+        """New calls go over this one; calls under way are finished on the old one, whose server is leaving."""
         old = self._lines.conn
-        if old is not None and old.error is None:
-            self._lines.old.append(old)
-        self._lines.old = [each for each in self._lines.old if each.error is None and each.core.calls]
+        every = [*self._lines.old, *([old] if old is not None else [])]
+        self._lines.old = [each for each in every if each.error is None and each.core.calls]
+        for each in every:
+            if each not in self._lines.old:
+                each.close()
         self._lines.conn = conn
         self.reconnects += 1
 
-    def _compare(self, conn: Live, target: str, contract: Contract) -> Steps[None]:
-        """What this server has at `target`, against what we expect of it."""
+    def _agree(self, conn: Live, target: str, contract: Contract) -> Steps[None]:
+        """What this new connection's server has at `target`, against what we expect of it."""
         assert conn.core.server is not None
         theirs = conn.core.server.targets.get(target)
-        conn.agreed.add((target, contract.fingerprint))
         if theirs == contract.fingerprint:
-            return
-        if theirs is None:
+            conn.agreed.add((target, theirs))
+        elif theirs is None:
             have = ", ".join(sorted(conn.core.server.targets)) or "nothing"
             raise errors.UnknownTarget(
                 f"nothing is exposed as {target!r}", url=self.url, operation="client", hint=f"there is: {have}"
             )
-        self._described[target] = description = yield from self._describe(conn, target)
+        else:
+            self._compare(conn, target, contract, (yield from self._describe(conn, target)))
+
+    def _compare(self, conn: Live, target: str, contract: Contract, description: dict[str, Any]) -> None:
+        """Raises SchemaError for what the server has changed and a caller of `contract` would break on."""
+        self._described[target] = description
         broken = compat.check(contract.description, description)
         if broken:
             raise errors.SchemaError(
@@ -199,10 +212,11 @@ class Base(Endpoint):
                 operation="client",
                 hint="`ipckit contract check` compares the two",
             )
+        conn.agreed.add((target, contract.fingerprint))
 
     def _describe(self, conn: Live, target: str) -> Steps[dict[str, Any]]:
         with conn.mutex:
-            call = conn.core.begin("ipckit", "describe", msgspec.msgpack.encode((target,)), time.monotonic())
+            call = conn.core.begin(BUILT_IN, DESCRIBE.name, msgspec.msgpack.encode((target,)), time.monotonic())
         yield from conn.flush()
         while not call.done:
             conn.heard((yield from conn.receive()))
@@ -213,13 +227,11 @@ class Base(Endpoint):
 
     def _broke(self, conn: Live, error: errors.IpcError) -> None:
         """This connection is over. The client is not: the next call connects again."""
-        if conn.error is None and time.monotonic() - conn.since < 1:
-            self._pause = min(max(self._pause * 2, _FIRST_PAUSE), _LAST_PAUSE)
-        else:
-            self._pause = 0.0
-        conn.break_off(error)
         if self._lines.conn is conn:
+            young = time.monotonic() - conn.since < 1
+            self._pause = min(max(self._pause * 2, _FIRST_PAUSE), _LAST_PAUSE) if young else 0.0
             self._lines.conn = None
+        conn.break_off(error)
         conn.close()
 
     def _patient_until(self, deadline: float | None) -> float | None:
@@ -298,19 +310,6 @@ class Base(Endpoint):
             if new:
                 self._expected.pop(key, None)
             raise
-
-    def _compared(self, target: str, contract: Contract) -> bool:
-        """The present connection's server has just this. Else a new connection is made beside it, which compares as it opens;
-        calls under way are finished on the old one.
-        """
-        conn = self._lines.conn
-        if conn is None or not conn.good or conn.core.server is None:
-            return False
-        if (target, contract.fingerprint) in conn.agreed:
-            return True
-        self._lines.old.append(conn)
-        self._lines.conn = None
-        return False
 
     def _untyped(self, target: str, name: str, description: dict[str, Any]) -> Method:
         """A method as the server describes it, for callers without a contract."""

@@ -16,45 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from . import failures
-from .context import CallContext, _current
-from .contract import Contract, Method, Wire, unwritable
+from ._exposed import Exposed
+from .context import CallContext, _current, overdue
+from .contract import unwritable
 from .protocol import ServerCall
 
 if TYPE_CHECKING:
-    from ._engine import Engine, ServerConnection
-
-#: A call that takes longer than this, in seconds, is not one for the thread that receives.
-SHORT = 0.0005
-#: So many short ones in a row, and the method is tried there again.
-_REFORMED = 64
-
-
-class Exposed:
-    """A method of an exposed service, ready to be called. `quick`: it may run on the thread that receives."""
-
-    __slots__ = ("_short", "contract", "function", "method", "quick", "target", "trusted", "wire")
-
-    def __init__(self, target: str, contract: Contract, method: Method, function: Callable[..., Any]) -> None:
-        self.target = target
-        self.contract = contract
-        self.method = method
-        self.function = function
-        self.wire: Wire = method.wire("msgpack", named=False)
-        may = method.plain and not method.coroutine and not method.shape.streams_in and not method.shape.streams_out
-        self.trusted = may and method.options.inline is not False
-        self.quick = self.trusted
-        self._short = 0
-
-    def overstayed(self) -> None:
-        """It held up the thread that receives."""
-        if self.method.options.inline is None:
-            self.quick, self._short = False, 0
-
-    def took(self, seconds: float) -> None:
-        """On a thread of its own."""
-        self._short = self._short + 1 if seconds < SHORT else 0
-        if self._short >= _REFORMED:
-            self.quick, self._short = self.trusted, 0
+    from ._engine import Engine
+    from ._session import ServerConnection
 
 
 class Job:
@@ -83,6 +52,8 @@ class Job:
             raise unwritable(error) from error
 
     def succeed(self, value: Any) -> None:
+        if self.context.remaining == 0.0:  # a result that is too late is none, whatever the handler made of it
+            raise overdue()
         body = self.encoded(value)
         with self.conn.mutex:
             self.conn.core.result(self.call, body)

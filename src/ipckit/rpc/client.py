@@ -7,17 +7,15 @@
     with ipckit.client("unix://shop") as client:          # untyped
         client.call("shop", "price", "tea", timeout=0.5)
 
-Any number of threads may use one client at once: their calls share one connection. A unary call that meets nobody else takes
-a short way: it writes its frame, and reads the answer with the link's own blocking verbs; the state machine hears of it only
-if something else happens. A lost connection ends the calls that are under way, and the next call makes a new one.
+Any number of threads may use one client at once: their calls share one connection, and whoever waits receives for the others.
+A lost connection ends the calls that are under way, and the next call makes a new one.
 """
 
 from __future__ import annotations
 
-import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, overload
@@ -25,10 +23,14 @@ from typing import Any, Self, TypeVar, cast, overload
 from .. import errors
 from .._url import Url
 from .._wait import run
+from ..channel import AsyncChannel, Channel
 from ._calling import DESCRIBE, Base, CallOptions, Interceptor, Live, Request, Subscribed
 from ._connection import BROKEN, Waiter
+from ._exposed import BUILT_IN
+from ._place import native_class
+from ._results import Results, Subscription
+from ._short import short_way
 from .contract import Contract, Method, Shape, unwritable
-from .dialects import CALL, HEAD, MAGIC, RESULT, milliseconds
 from .protocol import ClientCall
 
 S = TypeVar("S")
@@ -43,7 +45,8 @@ class Client(Base):
 
     def __init__(
         self,
-        url: str | Url,
+        where: str | Url | Channel[Any] | AsyncChannel[Any],
+        /,
         *,
         timeout: float | None = PATIENCE,
         call_timeout: float | None = None,
@@ -52,7 +55,7 @@ class Client(Base):
         require: Collection[str] = (),
     ) -> None:
         super().__init__(
-            url,
+            where,
             timeout=timeout,
             call_timeout=call_timeout,
             metadata=metadata,
@@ -60,6 +63,11 @@ class Client(Base):
             require=require,
         )
         self._dialing = threading.Lock()
+
+    def __new__(cls, where: Any, /, **_: Any) -> Self:
+        """Of the transport's own class, where it makes calls its own way."""
+        native: type[Self] | None = native_class(where, "Client") if cls is Client else None
+        return object.__new__(native or cls)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -83,7 +91,7 @@ class Client(Base):
 
     def _lookup(self, target: str, method: str) -> Method:
         if target not in self._described:
-            self._described[target] = self._perform(self._request("ipckit", DESCRIBE, (target,), {}, self._options))
+            self._described[target] = self._perform(self._request(BUILT_IN, DESCRIBE, (target,), {}, self._options))
         return self._untyped(target, method, self._described[target])
 
     def _call(
@@ -238,17 +246,10 @@ class Client(Base):
             return self._call(target, method, args, named, options)
 
         short = method.shape is Shape.UNARY and method.plain and not options.metadata and not self._interceptors
-        return _short_way(self, target, method, options, call) if short else call
+        return short_way(self, target, method, options, call) if short else call
 
-    def _resume(self, conn: Live, id: int, reply: bytes | None, request: Request) -> Any:
-        """A call that took the short way and met something else: `reply` is not its result, or it was interrupted."""
-        with conn.mutex:
-            call = conn.core.adopt(id, request.deadline)
-        if reply is not None:
-            try:
-                conn.heard([reply])
-            except errors.ProtocolError as error:
-                self._broke(conn, error)
+    def _resume(self, conn: Live, call: ClientCall, request: Request) -> Any:
+        """A call that took the short way and met something else."""
         try:
             self._await(conn, call, request)
             return self._outcome(conn, call, request)
@@ -262,8 +263,10 @@ class Client(Base):
     def proxy(self, contract: type[S], target: str | None = None) -> S:
         """An object that is typed as `contract` and calls this server. Compares the contracts when it is connected."""
         with self._expecting(contract, target) as (name, known):
-            if not self._compared(name, known):
-                self._connected(None)
+            conn = self._connected(None)
+            if not conn.agrees(name, known):  # it was there before
+                request = self._request(BUILT_IN, DESCRIBE, (name,), {}, self._options)
+                self._compare(conn, name, known, self._perform(request))
         return make_proxy(self, contract, name, known, self._options)
 
     def subscribe(self, types: Any, *, backlog: int = 1000) -> Subscription:
@@ -289,192 +292,6 @@ class Client(Base):
         self.close()
 
 
-def _short_way(
-    client: Client, target: str, method: Method, options: CallOptions, long: Callable[..., Any]
-) -> Callable[..., Any]:
-    """`call`, for a unary call that meets nobody else. Everything it needs is at hand, and nothing is made but the frame."""
-    lines = client._lines
-    name = f"{target}.{method.name}".encode()
-    wire = method.wire("msgpack", named=False)
-    encode, decode = wire.encode_args, wire.decode_result
-    count, size, timeout = len(method.parameters), len(name), options.timeout
-    ttl = milliseconds(timeout)
-    pack, unpack, start = HEAD.pack, HEAD.unpack_from, HEAD.size
-
-    def call(*args: Any, **named: Any) -> Any:
-        conn = lines.conn
-        if named or len(args) != count or conn is None or conn.fused is None or not conn.turn.acquire(False):
-            return long(*args, **named)
-        reply: bytes | None = None
-        id = conn.core.next_id()
-        sent = False
-        try:
-            frame = pack(MAGIC, CALL, size, id, ttl) + name + encode(args)
-            conn.fused.send(frame, timeout)
-            sent = True
-            reply = conn.fused.recv(timeout)
-            _, kind, _, whose, _ = unpack(reply)
-            if whose == id and kind == RESULT:
-                return decode(reply[start:])
-        except errors.OutcomeUnknown:
-            sent = True
-        except errors.Timeout:
-            pass
-        except BROKEN as error:
-            if isinstance(error, errors.SchemaError | errors.CodecError):  # the answer was not what was declared
-                raise
-            client._broke(conn, error)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            if isinstance(error, errors.IpcError):
-                raise
-            raise unwritable(error) from error
-        except struct.error as error:
-            client._broke(conn, errors.ProtocolError(f"this is no frame of ours: {error}", url=client.url))
-        except BaseException:  # Ctrl-C: the server is told that nobody waits any more
-            if sent:
-                _forget(client, conn, id)
-            raise
-        finally:
-            conn.turn.release()
-            if conn.waiting:
-                conn.hand_over()
-        if not sent:
-            return long(*args) if timeout is None or conn.error is not None else _too_late(client, target, method)
-        request = client._request(target, method, args, named, options)
-        if reply is None:  # the time was up, or the connection lost
-            request.deadline = time.monotonic() if conn.error is None else request.deadline
-        return client._resume(conn, id, reply, request)
-
-    return call
-
-
-def _forget(client: Client, conn: Live, id: int) -> None:
-    with conn.mutex:
-        call = conn.core.adopt(id, None)
-    client._give_up(conn, call)
-
-
-def _too_late(client: Client, target: str, method: Method) -> Any:
-    raise errors.DeadlineExceeded(
-        "the deadline passed before the call could be sent", url=client.url, operation=f"{target}.{method.name}"
-    )
-
-
-class Results(Iterator[Any]):
-    """What a method streams back. Leaving it early (`close()`, or dropping it) cancels the call."""
-
-    def __init__(self, client: Client, conn: Live, call: ClientCall, request: Request) -> None:
-        self._client, self._conn, self._call, self._request = client, conn, call, request
-        self._decode = request.method.wire("msgpack", named=False).decode_result
-        self._over = False
-        self._failed: Exception | None = None
-        if request.stream is not None:
-            feeder = threading.Thread(target=self._send, name=f"ipckit-{request.operation}", daemon=True)
-            feeder.start()
-
-    def _send(self) -> None:
-        try:
-            self._client._feed(self._conn, self._call, self._request)
-        except Exception as error:  # of the user's iterator, or a value that cannot be sent: the caller is told
-            self._failed = error
-            self._client._give_up(self._conn, self._call)
-            self._call.changed()
-
-    def __next__(self) -> Any:
-        call, conn = self._call, self._conn
-        while not self._over:
-            with conn.mutex:
-                body = conn.core.take(call)
-            if body is not None:
-                if conn.core.outbox:
-                    self._client._send(conn, self._request.deadline)
-                return self._decode(body)
-            if call.done:
-                self._over = True
-                if self._failed is not None:
-                    raise self._failed
-                self._client._raise_failure(conn, call, self._request)
-            else:
-                try:
-                    in_time = self._client._wait(
-                        conn, call, lambda: bool(call.inbox) or call.done, self._request.deadline
-                    )
-                except BaseException:
-                    self.close()
-                    raise
-                if not in_time:
-                    self.close()
-                    raise self._client._overdue(self._request)
-        raise StopIteration
-
-    def close(self) -> None:
-        """No longer interested: the server is told to stop."""
-        self._over = True
-        if not self._call.done:
-            self._client._give_up(self._conn, self._call)
-
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self.close()
-
-
-class Subscription(Iterator[Any]):
-    """Pushes of the server, as an iterator until `close`. It survives a lost connection; what was pushed meanwhile is gone."""
-
-    def __init__(self, client: Client, subscribed: Subscribed) -> None:
-        self._client, self._subscribed = client, subscribed
-        self._conn: Live | None = None
-        client._subscriptions.append(subscribed)
-        self._subscribe()
-
-    @property
-    def lost(self) -> int:
-        """How many messages were dropped because this subscriber did not keep up."""
-        return self._subscribed.lost
-
-    def _subscribe(self) -> None:
-        client = self._client
-        conn = client._lines.conn
-        known = conn is not None and conn.good
-        self._conn = conn = client._connected(None)
-        if known:  # else the connection was made with it
-            with conn.mutex:
-                call = conn.core.subscribe(list(self._subscribed.types))
-            client._flush(conn, None)
-            client._wait(conn, call, lambda: call.done, None)
-
-    def recv(self, timeout: float | None = None) -> Any:
-        """The next message. Raises Timeout, SchemaError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        pushes = self._subscribed.pushes
-        while not pushes:
-            self._client._gate.check("recv")
-            conn = self._client._connected(deadline)
-            if not self._client._wait(conn, self._subscribed, lambda: bool(pushes), deadline):
-                raise errors.Timeout(f"nothing was pushed within {timeout} s", url=self._client.url, operation="recv")
-        return self._subscribed.value(pushes.popleft())
-
-    def __next__(self) -> Any:
-        try:
-            return self.recv()
-        except errors.Closed:
-            raise StopIteration from None
-
-    def close(self) -> None:
-        """No longer interested."""
-        subscriptions = self._client._subscriptions
-        if self._subscribed in subscriptions:
-            subscriptions.remove(self._subscribed)
-            left = {name for each in subscriptions for name in each.types}
-            gone = [name for name in self._subscribed.types if name not in left]
-            conn = self._client._lines.conn
-            if gone and conn is not None and conn.good:
-                with conn.mutex:
-                    conn.core.unsubscribe(gone)
-                with suppress(errors.IpcError):
-                    conn.try_flush()
-
-
 def make_proxy(client: Any, contract: type[S], target: str, known: Contract, options: CallOptions) -> S:
     """An instance of `contract`, made without its constructor, whose methods are the client's."""
     kind = type(contract.__name__, (contract,), {"__slots__": (), "__module__": contract.__module__, "close": _close})
@@ -491,7 +308,7 @@ def _close(self: Any) -> Any:
 
 @overload
 def client(
-    url: str | Url,
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: None = None,
     /,
     *,
@@ -503,7 +320,7 @@ def client(
 ) -> Client: ...
 @overload
 def client(
-    url: str | Url,
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: type[S],
     /,
     *,
@@ -515,7 +332,7 @@ def client(
     require: Collection[str] = (),
 ) -> S: ...
 def client(
-    url: str | Url,
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: Any = None,
     /,
     *,
@@ -529,7 +346,7 @@ def client(
     """Reach a server. With a contract: a typed object whose methods call it; without: a `Client`.
 
     Args:
-        url: where the server is.
+        where: the URL of the server, or a channel to it (one end of a `pair`), which becomes the client's.
         contract: a Service class. It is compared with the server's when it is connected.
         target: the name that the service is exposed under; by default the class's, in lower case.
         timeout: seconds for connecting, the first time and again; None waits until there is a server.
@@ -543,7 +360,7 @@ def client(
         ShuttingDown, SchemaError, CodecError, UnknownTarget, UnknownMethod, MessageTooLarge, Closed.
     """
     made = Client(
-        url,
+        where,
         timeout=timeout,
         call_timeout=call_timeout,
         metadata=metadata,

@@ -47,9 +47,13 @@ class CallContext:
         """For long work, now and then. Raises Cancelled, or DeadlineExceeded."""
         why = self._why()
         if why == "deadline" or (why is None and self.remaining == 0.0):
-            raise errors.DeadlineExceeded("the deadline of the call has passed")
+            raise overdue()
         if why is not None:
             raise errors.Cancelled(f"nobody waits for this call any more: {why}")
+
+
+def overdue() -> errors.DeadlineExceeded:
+    return errors.DeadlineExceeded("the deadline of the call has passed")
 
 
 _current: contextvars.ContextVar[CallContext | None] = contextvars.ContextVar("ipckit.rpc.current", default=None)

@@ -21,12 +21,15 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from .. import _options, errors
-from .._endpoint import Endpoint, Opening
+from .. import errors
+from .._endpoint import Endpoint
 from .._spi import Listener
 from .._url import Url
 from .._wait import Gate, Lane, run
-from ._engine import Engine, ServerOptions, ShutdownReport
+from ..channel import AsyncChannel, Channel
+from ._engine import Engine
+from ._limits import ServerOptions, ShutdownReport
+from ._place import Place, native_class
 from .contract import target_name
 
 #: `interceptor(call, proceed)`: `call` is the `CallContext`; returns what `proceed()` returns (awaitable for coroutines).
@@ -38,7 +41,7 @@ class BaseServer(Endpoint):
 
     def __init__(
         self,
-        opening: Opening,
+        opened: Place,
         listener: Listener,
         services: Sequence[Any],
         options: ServerOptions,
@@ -47,22 +50,22 @@ class BaseServer(Endpoint):
         threads: bool,
     ) -> None:
         self._engine = Engine(listener.url, listener, options, interceptors, threads=threads)
-        super().__init__(self._engine, listener.url, opening.capabilities)
+        super().__init__(self._engine, listener.url, opened.capabilities)
         self._watcher_gate = Gate(self.url, self._engine.release)
         self._watcher_lane = Lane(self._watcher_gate, "serve")
         self._report: ShutdownReport | None = None
         for service in services:
-            self._engine.expose(target_name(service), service)
+            self._engine.services.expose(target_name(service), service)
 
     def expose(self, name: str, service: Any) -> None:
         """Make a service callable under this name, from now on; it replaces what had the name. Raises ConfigError."""
         if not name or "." in name or name == "ipckit":
             raise errors.BadOption(f"{name!r} is no name for a target", url=self.url, operation="expose")
-        self._engine.expose(name, service)
+        self._engine.services.expose(name, service)
 
     def hide(self, name: str) -> None:
         """Take the name away. Calls under way are finished. Raises UnknownTarget."""
-        self._engine.hide(name)
+        self._engine.services.hide(name)
 
     def broadcast(self, value: Any, *, type: str | None = None) -> int:
         """Push a message to every client that subscribed to its type (its class's name). Returns to how many.
@@ -73,7 +76,7 @@ class BaseServer(Endpoint):
 
     def targets(self) -> tuple[str, ...]:
         """What is exposed."""
-        return tuple(self._engine.fingerprints())
+        return tuple(self._engine.services.fingerprints())
 
     def stats(self) -> Mapping[str, int]:
         """Counts since the start: connections, messages, calls, errors, pushes; and what is under way now."""
@@ -83,9 +86,14 @@ class BaseServer(Endpoint):
 class Server(BaseServer):
     """A server in the background of this process. See `serve` for the arguments; `timeout` is for taking the address."""
 
+    def __new__(cls, where: Any, /, *_: Any, **__: Any) -> Self:
+        """Of the transport's own class, where it makes calls its own way."""
+        native: type[Self] | None = native_class(where, "Server") if cls is Server else None
+        return object.__new__(native or cls)
+
     def __init__(
         self,
-        url: str | Url,
+        where: str | Url | Channel[Any] | AsyncChannel[Any],
         /,
         *services: Any,
         timeout: float | None = None,
@@ -97,13 +105,11 @@ class Server(BaseServer):
         interceptors: Sequence[ServerInterceptor] = (),
         require: Collection[str] = (),
     ) -> None:
-        opening = Opening(url, None, None, require, "rpc", "serve")
+        opened = Place(where, require, "serve")
         options = ServerOptions(workers, max_connections, max_concurrent, max_per_connection, tracebacks)
-        transport = opening.transport
-        read = _options.read(transport.options, opening.url)
-        listener = opening.run(transport.listen(opening.url, read), timeout)
+        listener = opened.run(opened.listen(), timeout)
         try:
-            super().__init__(opening, listener, services, options, interceptors, threads=True)
+            super().__init__(opened, listener, services, options, interceptors, threads=True)
         except BaseException:
             listener.close()
             raise
@@ -118,6 +124,7 @@ class Server(BaseServer):
     def _watch(self) -> None:
         try:
             run(self._engine.watching(), self._watcher_lane, None)
+            self.close()  # it had one client, who has left
         except errors.Closed:
             pass
         finally:
@@ -192,7 +199,7 @@ def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None
 
 
 def serve(
-    url: str | Url,
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
     /,
     *services: Any,
     drain: float = 5,
@@ -202,7 +209,8 @@ def serve(
     """Serve until Ctrl-C or SIGTERM, then let the calls under way finish for `drain` seconds.
 
     Args:
-        url: where.
+        where: the URL to be reached at; or a channel (one end of a `pair`, an accepted one): its peer is the one client, and
+            the server ends with it.
         services: Service instances, functions marked with `@ipckit.rpc`, or objects with such methods. Each is exposed under its
             class's name in lower case (a function under its own).
         ready: called with the server once it can be reached.
@@ -211,7 +219,7 @@ def serve(
 
     Raises: AddressInUse, and what opening a transport raises; ConfigError for a service whose annotations cannot be read.
     """
-    server = Server(url, *services, **options)
+    server = Server(where, *services, **options)
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:

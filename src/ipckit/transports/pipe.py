@@ -48,7 +48,7 @@ class Options(StreamOptions):
 
 class PipeTransport(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel", "queue", "pubsub"}),
+        patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         headers=True,
         listen=False,
         pair=True,

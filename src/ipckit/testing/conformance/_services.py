@@ -270,7 +270,7 @@ async def late(client: Any) -> list[tuple[str, str, str]]:
     assert 0 < left <= 30
     found = []
     for times, name in enumerate(("linger", "alinger"), 1):
-        found.append(await attempt(lambda name=name: getattr(using(shop, timeout=0.1), name)()))  # type: ignore[misc]
+        found.append(await attempt(lambda name=name: getattr(using(shop, timeout=0.1), name)()))
         await until(shop, "left", times)
     return found
 

@@ -1,0 +1,112 @@
+"""What a server exposes: services by target, and every method that a call may name, ready to be called.
+
+The tables are replaced, never changed: a call that looks something up while another thread exposes needs no lock.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .. import errors
+from .contract import Contract, Method, Service, Wire, contract_of, rpc
+
+#: A call that takes longer than this, in seconds, is not one for the thread that receives.
+SHORT = 0.0005
+#: So many short ones in a row, and the method is tried there again.
+_REFORMED = 64
+#: The target that every server has besides its own.
+BUILT_IN = "ipckit"
+
+
+class Exposed:
+    """A method of an exposed service. `quick`: it may run on the thread that receives."""
+
+    __slots__ = ("_short", "contract", "function", "method", "quick", "target", "trusted", "wire")
+
+    def __init__(self, target: str, contract: Contract, method: Method, function: Callable[..., Any]) -> None:
+        self.target = target
+        self.contract = contract
+        self.method = method
+        self.function = function
+        self.wire: Wire = method.wire("msgpack", named=False)
+        may = method.plain and not method.coroutine and not method.shape.streams_in and not method.shape.streams_out
+        self.trusted = may and method.options.inline is not False
+        self.quick = self.trusted
+        self._short = 0
+
+    def overstayed(self) -> None:
+        """It held up the thread that receives."""
+        if self.method.options.inline is None:
+            self.quick, self._short = False, 0
+
+    def took(self, seconds: float) -> None:
+        """On a thread of its own."""
+        self._short = self._short + 1 if seconds < SHORT else 0
+        if self._short >= _REFORMED:
+            self.quick, self._short = self.trusted, 0
+
+
+class Services:
+    """Targets and their methods. `find` and `table` take `target.method`, or `target.MessageType`."""
+
+    def __init__(self) -> None:
+        self.contracts: Mapping[str, Contract] = {}
+        self.table: Mapping[bytes, Exposed] = {}
+        self.expose(BUILT_IN, _BuiltIn(self))
+
+    def expose(self, target: str, service: Any) -> None:
+        """It replaces what had the name. Raises ConfigError for annotations that cannot be read."""
+        contract = contract_of(service)
+        table = {}
+        for name, method in (*contract.messages.items(), *contract.methods.items()):
+            function = service if _is_function(service) else getattr(service, method.name)
+            table[f"{target}.{name}".encode()] = Exposed(target, contract, method, function)
+        self.table = {**self._without(target), **table}
+        self.contracts = {**self.contracts, target: contract}
+
+    def hide(self, target: str) -> None:
+        """Raises UnknownTarget."""
+        if target not in self.contracts or target == BUILT_IN:
+            raise errors.UnknownTarget(f"nothing is exposed as {target!r}")
+        self.table = self._without(target)
+        self.contracts = {name: each for name, each in self.contracts.items() if name != target}
+
+    def _without(self, target: str) -> dict[bytes, Exposed]:
+        return {key: each for key, each in self.table.items() if each.target != target}
+
+    def find(self, target: str, method: str) -> Exposed | None:
+        return self.table.get(f"{target}.{method}".encode())
+
+    def fingerprints(self) -> dict[str, str]:
+        """The contracts of what is exposed, by target."""
+        return {name: each.fingerprint for name, each in self.contracts.items() if name != BUILT_IN}
+
+    def message_types(self) -> list[str]:
+        """The message types that something answers to."""
+        return sorted({name for contract in self.contracts.values() for name in contract.messages})
+
+
+def _is_function(service: Any) -> bool:
+    return isinstance(service, types.FunctionType | types.MethodType)
+
+
+class _BuiltIn(Service):
+    """The target `ipckit`: what the server says about itself."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    @rpc(idempotent=True, inline=True)
+    def describe(self, target: str) -> dict[str, Any]:
+        """The contract of a target. Raises UnknownTarget."""
+        found = self._services.contracts.get(target)
+        if found is None:
+            raise errors.UnknownTarget(f"nothing is exposed as {target!r}")
+        return found.describe()
+
+    @rpc(idempotent=True, inline=True)
+    def targets(self) -> dict[str, str]:
+        """What is exposed, with the fingerprints of the contracts."""
+        return self._services.fingerprints()

@@ -1,0 +1,88 @@
+"""Where a server is, and where its clients reach it: a URL, or a channel that is connected already.
+
+A channel serves one client, so a server over it ends with it; and a client over it cannot connect again. That is how a
+transport without names (`pipe://`) has calls, and how an accepted channel becomes a server.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection
+from typing import Any
+
+from .. import _options, _registry, errors
+from .._endpoint import Opening
+from .._spi import Abandoning, Link, Listener, Steps, Wait, Want
+from .._url import Url, parse
+from ..channel import AsyncChannel, Channel
+
+class Place(Opening):
+    """What `Server` and `Client` are opened with."""
+
+    def __init__(self, where: str | Url | Channel[Any] | AsyncChannel[Any], require: Collection[str], operation: str) -> None:
+        """Raises what opening a transport raises; ConfigError for a channel that holds messages which nobody took."""
+        super().__init__(where, None, None, require, "rpc", operation)
+        if operation == "serve" and self.end is None and not self.capabilities.listen:
+            raise errors.Unsupported(
+                "this transport has no names to serve at",
+                url=self.url,
+                operation=operation,
+                hint="make a pair(), and give the server one end of it in place of a URL",
+            )
+        self._options = _options.read(self.transport.options, self.url)
+        self._link = None if self.end is None else self.end.yield_link(operation)
+
+    def listen(self) -> Steps[Listener]:
+        if self._link is None:
+            return (yield from self.transport.listen(self.url, self._options))
+        link, self._link = self._link, None
+        return OneClient(self.url, link)
+
+    def connect(self) -> Steps[Link]:
+        if self.end is None:
+            return (yield from self.transport.connect(self.url, self._options))
+        link, self._link = self._link, None
+        if link is None:
+            raise errors.NothingListening(
+                "the channel has ended", url=self.url, operation="call", hint="a client over a channel ends with it"
+            )
+        return link
+
+
+class OneClient:
+    """A listener to which one has come already, and nobody else will."""
+
+    def __init__(self, url: Url, link: Link) -> None:
+        self.url = url
+        self._link: Link | None = link
+
+    @property
+    def native(self) -> Any:
+        return None if self._link is None else self._link.native
+
+    @property
+    def exhausted(self) -> bool:
+        return self._link is None
+
+    def try_accept(self) -> Link | None:
+        link, self._link = self._link, None
+        return link
+
+    def arm(self, want: Want) -> Wait:
+        return Wait(())
+
+    def close(self) -> None:
+        if (link := self.try_accept()) is not None:
+            link.close()
+
+    def abandon(self) -> None:
+        if isinstance(self._link, Abandoning):
+            self._link.abandon()
+
+
+def native_class(where: object, name: str) -> Any:
+    """The class `name` of the module that has calls of its own for this address; None: calls go over links."""
+    if not isinstance(where, str | Url):
+        return None
+    calls = _registry.find(parse(where)).calls
+    return None if calls is None else getattr(importlib.import_module(calls), name, None)

@@ -1,0 +1,131 @@
+"""What a call from a thread may return besides a value: `Results`, a stream; and `Subscription`, the pushes of a server."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from .. import errors
+from ._calling import Live, Request, Subscribed
+from .protocol import ClientCall
+
+if TYPE_CHECKING:
+    from .client import Client
+
+
+class Results(Iterator[Any]):
+    """What a method streams back. Leaving it early (`close()`, or dropping it) cancels the call."""
+
+    def __init__(self, client: Client, conn: Live, call: ClientCall, request: Request) -> None:
+        self._client, self._conn, self._call, self._request = client, conn, call, request
+        self._decode = request.method.wire("msgpack", named=False).decode_result
+        self._over = False
+        self._failed: Exception | None = None
+        if request.stream is not None:
+            feeder = threading.Thread(target=self._send, name=f"ipckit-{request.operation}", daemon=True)
+            feeder.start()
+
+    def _send(self) -> None:
+        try:
+            self._client._feed(self._conn, self._call, self._request)
+        except Exception as error:  # of the user's iterator, or a value that cannot be sent: the caller is told
+            self._failed = error
+            self._client._give_up(self._conn, self._call)
+            self._call.changed()
+
+    def __next__(self) -> Any:
+        call, conn = self._call, self._conn
+        while not self._over:
+            with conn.mutex:
+                body = conn.core.take(call)
+            if body is not None:
+                if conn.core.outbox:
+                    self._client._send(conn, self._request.deadline)
+                return self._decode(body)
+            if call.done:
+                self._over = True
+                if self._failed is not None:
+                    raise self._failed
+                self._client._raise_failure(conn, call, self._request)
+            else:
+                try:
+                    in_time = self._client._wait(
+                        conn, call, lambda: bool(call.inbox) or call.done, self._request.deadline
+                    )
+                except BaseException:
+                    self.close()
+                    raise
+                if not in_time:
+                    self.close()
+                    raise self._client._overdue(self._request)
+        raise StopIteration
+
+    def close(self) -> None:
+        """No longer interested: the server is told to stop."""
+        self._over = True
+        if not self._call.done:
+            self._client._give_up(self._conn, self._call)
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+
+class Subscription(Iterator[Any]):
+    """Pushes of the server, as an iterator until `close`. It survives a lost connection; what was pushed meanwhile is gone."""
+
+    def __init__(self, client: Client, subscribed: Subscribed) -> None:
+        self._client, self._subscribed = client, subscribed
+        self._conn: Live | None = None
+        client._subscriptions.append(subscribed)
+        self._subscribe()
+
+    @property
+    def lost(self) -> int:
+        """How many messages were dropped because this subscriber did not keep up."""
+        return self._subscribed.lost
+
+    def _subscribe(self) -> None:
+        client = self._client
+        conn = client._lines.conn
+        known = conn is not None and conn.good
+        self._conn = conn = client._connected(None)
+        if known:  # else the connection was made with it
+            with conn.mutex:
+                call = conn.core.subscribe(list(self._subscribed.types))
+            client._flush(conn, None)
+            client._wait(conn, call, lambda: call.done, None)
+
+    def recv(self, timeout: float | None = None) -> Any:
+        """The next message. Raises Timeout, SchemaError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pushes = self._subscribed.pushes
+        while not pushes:
+            self._client._gate.check("recv")
+            conn = self._client._connected(deadline)
+            if not self._client._wait(conn, self._subscribed, lambda: bool(pushes), deadline):
+                raise errors.Timeout(f"nothing was pushed within {timeout} s", url=self._client.url, operation="recv")
+        return self._subscribed.value(pushes.popleft())
+
+    def __next__(self) -> Any:
+        try:
+            return self.recv()
+        except errors.Closed:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """No longer interested."""
+        subscriptions = self._client._subscriptions
+        if self._subscribed in subscriptions:
+            subscriptions.remove(self._subscribed)
+            left = {name for each in subscriptions for name in each.types}
+            gone = [name for name in self._subscribed.types if name not in left]
+            conn = self._client._lines.conn
+            if gone and conn is not None and conn.good:
+                with conn.mutex:
+                    conn.core.unsubscribe(gone)
+                with suppress(errors.IpcError):
+                    conn.try_flush()

@@ -1,0 +1,55 @@
+"""One client, at the server: its link, its state machine, and who attends it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from .._spi import Fused, Link
+from .protocol import ServerCall, ServerCore
+
+if TYPE_CHECKING:
+    from ._attend import Worker
+
+#: Bytes of answers that may wait for a client that does not read; beyond them it is not heard either.
+BACKLOG = 4 << 20
+
+
+class ServerConnection:
+    """`mutex` guards the core, its outbox, and who attends it."""
+
+    def __init__(self, link: Link, core: ServerCore) -> None:
+        self.link = link
+        self.core = core
+        self.mutex = threading.Lock()
+        self.fused: Fused | None = link if isinstance(link, Fused) else None
+        self.attendant: Worker | None = None
+        self.blocked = False  # something waits to be sent
+        self.lost = False
+        self.since = time.monotonic()
+
+    def roomy(self, call: ServerCall) -> bool:
+        """A producer may go on."""
+        return (call.credit > 0 and not self.blocked) or call.done
+
+    def overfull(self) -> bool:
+        """It does not read what it asked for. With the mutex held."""
+        return self.blocked and sum(map(len, self.core.outbox)) > BACKLOG
+
+    def try_flush(self) -> bool:
+        """Send what the core has to say, with the mutex held."""
+        outbox = self.core.outbox
+        while outbox:
+            if not self.link.try_send(outbox[0]):
+                return False
+            outbox.popleft()
+        return self.link.try_flush()
+
+    def answer(self, frame: bytes) -> None:
+        """Send one frame, after those that wait. With the mutex held."""
+        if self.core.outbox or not self.link.try_send(frame):
+            self.core.outbox.append(frame)
+            self.blocked = True
+        elif not self.link.try_flush():
+            self.blocked = True
