@@ -416,3 +416,16 @@ class Topics(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def subscriber(self, url: Url, options: OptionsT, terms: TopicTerms) -> Steps[Intake]: ...
+
+
+# -- calls -------------------------------------------------------------------------------------------------------
+
+
+class Calls(ABC, Generic[OptionsT]):
+    """Mixed into a Transport whose calls go over links of another kind than its channels do (a broker that picks the server)."""
+
+    @abstractmethod
+    def serve(self, url: Url, options: OptionsT) -> Steps[Listener]: ...
+
+    @abstractmethod
+    def call(self, url: Url, options: OptionsT) -> Steps[Link]: ...

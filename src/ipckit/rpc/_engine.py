@@ -128,7 +128,9 @@ class Engine:
 
     def _admit(self, link: Link) -> None:
         core = ServerCore(
-            self._dialect(), targets=self.services.fingerprints, max_calls=self.options.max_per_connection
+            getattr(link, "dialect", None) or self._dialect(),  # a link may say how it is spoken to
+            targets=self.services.fingerprints,
+            max_calls=self.options.max_per_connection,
         )
         conn = ServerConnection(link, core)
         self.counts["connections_accepted"] += 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import _options, _registry, errors
 from .._endpoint import Opening
-from .._spi import Abandoning, Link, Listener, Steps, Wait, Want
+from .._spi import Abandoning, Calls, Link, Listener, Steps, Wait, Want
 from .._url import Url, parse
 from ..channel import AsyncChannel, Channel
 
@@ -22,7 +22,8 @@ class Place(Opening):
     def __init__(self, where: str | Url | Channel[Any] | AsyncChannel[Any], require: Collection[str], operation: str) -> None:
         """Raises what opening a transport raises; ConfigError for a channel that holds messages which nobody took."""
         super().__init__(where, None, None, require, "rpc", operation)
-        if operation == "serve" and self.end is None and not self.capabilities.listen:
+        named = self.capabilities.listen or isinstance(self.transport, Calls)
+        if operation == "serve" and self.end is None and not named:
             raise errors.Unsupported(
                 "this transport has no names to serve at",
                 url=self.url,
@@ -34,13 +35,17 @@ class Place(Opening):
 
     def listen(self) -> Steps[Listener]:
         if self._link is None:
-            return (yield from self.transport.listen(self.url, self._options))
+            own = self.transport
+            opening = own.serve if isinstance(own, Calls) else own.listen
+            return (yield from opening(self.url, self._options))
         link, self._link = self._link, None
         return OneClient(self.url, link)
 
     def connect(self) -> Steps[Link]:
         if self.end is None:
-            return (yield from self.transport.connect(self.url, self._options))
+            own = self.transport
+            opening = own.call if isinstance(own, Calls) else own.connect
+            return (yield from opening(self.url, self._options))
         link, self._link = self._link, None
         if link is None:
             raise errors.NothingListening(

@@ -21,6 +21,7 @@ CODES: dict[str, type[errors.IpcError]] = {
     "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
     "CANCELLED": errors.Cancelled,
     "SHUTTING_DOWN": errors.ShuttingDown,
+    "PEER_DIED": errors.PeerDied,  # of one of several servers behind one connection
 }
 #: What was not begun may be tried again, whatever the method does.
 NOT_BEGUN = frozenset({"RATE_LIMITED", "TARGET_BUSY", "SHUTTING_DOWN"})
