@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import errors
+from .._spi import Link, Steps, Want
+from .._wait import Lane, run
 from . import events, failures
 from ._connection import BROKEN
 from ._exposed import Exposed
@@ -148,7 +150,7 @@ class Attendance:
                 if mine:
                     conn.attendant = None
                     if engine.closed:
-                        conn.link.close()
+                        conn.close()
             if mine:
                 engine.returned(conn)
 
@@ -220,15 +222,23 @@ class Attendance:
         self._engine.count_down()
 
     def _receiver(self, conn: ServerConnection) -> Callable[[], bytes | None]:
-        fused = conn.fused
-        if fused is None or self._engine.crew.spare < self._engine.crew.size // 4:
-            return conn.link.try_recv
-        receive = fused.recv
+        fused, look = conn.fused, conn.link.try_recv
+        if self._engine.crew.spare < self._engine.crew.size // 4:
+            return look
+        lane = Lane(conn.gate, "serve")
 
         def blocking() -> bytes | None:
             try:
-                return receive(_LINGER)
+                return fused.recv(_LINGER) if fused is not None else look() or run(_next(conn.link), lane, _LINGER)
             except errors.Timeout:
                 return None
 
         return blocking
+
+
+def _next(link: Link) -> Steps[bytes]:
+    while True:
+        wait = link.arm(Want.RECV)
+        if (frame := link.try_recv()) is not None:
+            return frame
+        yield wait

@@ -27,6 +27,7 @@ from . import compat, events, failures
 from ._connection import BROKEN, Connection, again
 from ._exposed import BUILT_IN
 from ._place import Place
+from ._tracing import outgoing
 from .contract import (
     Contract,
     Method,
@@ -251,7 +252,7 @@ class Base(Endpoint):
     ) -> Request:
         positional, stream = method.bind(args, named)
         deadline = None if options.timeout is None else time.monotonic() + options.timeout
-        return Request(target, method, positional, stream, dict(options.metadata), deadline)
+        return Request(target, method, positional, stream, {**outgoing(), **options.metadata}, deadline)
 
     def _begin(self, conn: Live, request: Request) -> ClientCall:
         wire = request.method.wire("msgpack", named=False)

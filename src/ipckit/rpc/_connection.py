@@ -75,9 +75,12 @@ class Connection:
         with self.mutex:
             outbox = self.core.outbox
             while outbox:
-                if not self.link.try_send(outbox[0]):
-                    return False
-                outbox.popleft()
+                try:
+                    if not self.link.try_send(outbox[0]):
+                        return False
+                    outbox.popleft()
+                except errors.MessageTooLarge as error:
+                    self.core.unsendable(error.message)
             return self.link.try_flush()
 
     def flush(self) -> Steps[None]:

@@ -132,7 +132,7 @@ class Engine:
             targets=self.services.fingerprints,
             max_calls=self.options.max_per_connection,
         )
-        conn = ServerConnection(link, core)
+        conn = ServerConnection(link, core, self.url)
         self.counts["connections_accepted"] += 1
         limit = self.options.max_connections
         if len(self._connections) >= limit:
@@ -361,7 +361,7 @@ class Engine:
         self._connections.discard(conn)
         self._timed.discard(conn)
         self._watch.drop(conn)
-        conn.link.close()
+        conn.close()
 
     def stats(self) -> Mapping[str, int]:
         return {
@@ -418,8 +418,9 @@ class Engine:
             with conn.mutex:
                 conn.lost = True
                 cancelled = conn.core.lost("shutdown")
+                conn.gate.close()
                 if self._attendance.leave(conn):
-                    conn.link.close()
+                    conn.close()
             for call in cancelled:
                 call.changed()
         self._connections.clear()

@@ -7,7 +7,6 @@ generator as a task. None of them holds a thread while its caller's window is cl
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .. import errors
 from . import failures
 from ._exposed import Exposed
-from .context import CallContext, _current, overdue
+from ._tracing import surroundings
+from .context import CallContext, overdue
 from .contract import unwritable
 from .protocol import ServerCall
 
@@ -36,6 +36,7 @@ class Job:
         self.context = CallContext(
             call.target, exposed.method.name, call.metadata, call.deadline, conn.link.peer, lambda: call.cancelled
         )
+        self.surroundings = surroundings(self.context)
 
     def invoke(self, stream: Any) -> Any:
         args = self.wire.decode_args(self.call.body)
@@ -76,7 +77,9 @@ class Job:
 
     def run(self) -> None:
         """On a thread of the crew."""
-        token = _current.set(self.context)
+        self.surroundings.run(self._run)
+
+    def _run(self) -> None:
         began = time.perf_counter()
         try:
             shape = self.exposed.method.shape
@@ -88,16 +91,12 @@ class Job:
                 self.exposed.took(time.perf_counter() - began)
         except BaseException as error:
             self.fail(error)
-        finally:
-            _current.reset(token)
 
     # -- on the loop ---------------------------------------------------------------------------------------------------
 
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the loop's thread."""
-        context = contextvars.copy_context()
-        context.run(_current.set, self.context)
-        task = loop.create_task(self._task(), context=context)
+        task = loop.create_task(self._task(), context=self.surroundings)
         self.engine.tasks.add(task)
         task.add_done_callback(self.engine.tasks.discard)
 
@@ -179,7 +178,6 @@ class Production:
         job = self._job
         conn, call, core, mutex = job.conn, job.call, job.conn.core, job.conn.mutex
         encode, flush = job.encoded, job.engine.flush
-        token = _current.set(job.context)
         try:
             while not call.done:
                 with mutex:
@@ -200,8 +198,6 @@ class Production:
         except BaseException as error:
             self._close()
             job.fail(error)
-        finally:
-            _current.reset(token)
 
     def _close(self) -> None:
         close = getattr(self._items, "close", None)
@@ -217,7 +213,7 @@ class Production:
             if not self._parked or not (job.call.done or job.conn.roomy(job.call)):
                 return
             self._parked = False
-        job.engine.crew.submit(self.pump)
+        job.engine.crew.submit(lambda: job.surroundings.run(self.pump))
 
 
 class Inputs(Iterator[Any]):

@@ -6,7 +6,10 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from .. import errors
 from .._spi import Fused, Link
+from .._url import Url
+from .._wait import Gate
 from .protocol import ServerCall, ServerCore
 
 if TYPE_CHECKING:
@@ -19,12 +22,13 @@ BACKLOG = 4 << 20
 class ServerConnection:
     """`mutex` guards the core, its outbox, and who attends it."""
 
-    def __init__(self, link: Link, core: ServerCore) -> None:
+    def __init__(self, link: Link, core: ServerCore, url: Url) -> None:
         self.link = link
         self.core = core
         self.mutex = threading.Lock()
         self.fused: Fused | None = link if isinstance(link, Fused) else None
         self.attendant: Worker | None = None
+        self.gate = Gate(url, lambda: None)  # where a worker waits for a link that is not fused
         self.blocked = False  # something waits to be sent
         self.lost = False
         self.since = time.monotonic()
@@ -41,15 +45,21 @@ class ServerConnection:
         """Send what the core has to say, with the mutex held."""
         outbox = self.core.outbox
         while outbox:
-            if not self.link.try_send(outbox[0]):
-                return False
-            outbox.popleft()
+            try:
+                if not self.link.try_send(outbox[0]):
+                    return False
+                outbox.popleft()
+            except errors.MessageTooLarge as error:
+                self.core.unsendable(error.message)
         return self.link.try_flush()
+
+    def close(self) -> None:
+        """Immediate. Nobody is in the link, unless it is fused."""
+        self.gate.close()
+        self.link.close()
 
     def answer(self, frame: bytes) -> None:
         """Send one frame, after those that wait. With the mutex held."""
-        if self.core.outbox or not self.link.try_send(frame):
-            self.core.outbox.append(frame)
-            self.blocked = True
-        elif not self.link.try_flush():
+        self.core.outbox.append(frame)
+        if not self.try_flush():
             self.blocked = True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import errors
 from ._calling import CallOptions, Live
 from ._connection import BROKEN
+from ._tracing import traced
 from .contract import Method, unwritable
 from .dialects import CALL, HEAD, MAGIC, RESULT, milliseconds
 from .protocol import ClientCall
@@ -37,7 +38,9 @@ def short_way(
 
     def call(*args: Any, **named: Any) -> Any:
         conn = lines.conn
-        if named or len(args) != count or conn is None or conn.fused is None or not conn.turn.acquire(False):
+        if named or len(args) != count or conn is None or conn.fused is None or traced():
+            return long(*args, **named)
+        if not conn.turn.acquire(False):
             return long(*args, **named)
         id = conn.core.next_id()
         sent = late = False

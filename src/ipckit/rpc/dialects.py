@@ -50,6 +50,9 @@ class Dialect(Protocol):
 
     def encode(self, event: Event) -> Sequence[bytes]: ...
 
+    def whose(self, frame: bytes) -> int:
+        """The call that a frame of ours belongs to; 0 for none."""
+
 
 class Native:
     """Ours: a fixed header of 12 bytes, a name, a body in MessagePack."""
@@ -67,6 +70,10 @@ class Native:
 
     def encode(self, event: Event) -> Sequence[bytes]:
         return (_ENCODE[type(event)](event),)
+
+    def whose(self, frame: bytes) -> int:
+        id: int = HEAD.unpack_from(frame)[3]
+        return id
 
 
 def _decode(frame: bytes) -> Event:

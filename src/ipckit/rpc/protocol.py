@@ -104,6 +104,14 @@ class _Core(Generic[C]):
                 self._deadlines = [each for each in self._deadlines if each[1] in self.calls]
                 heapq.heapify(self._deadlines)
 
+    def unsendable(self, why: str) -> None:
+        """The first frame of the outbox is more than the link takes: it is dropped, and its call fails."""
+        whose = self.dialect.whose(self.outbox.popleft())
+        self._too_large(Failure(whose, "TOO_LARGE", why))
+
+    def _too_large(self, failure: Failure) -> None:
+        raise NotImplementedError
+
     @property
     def next_deadline(self) -> float | None:
         """When `expire` has something to do, on the clock of `now`."""
@@ -344,6 +352,13 @@ class ServerCore(_Core[ServerCall]):
             self._drop(call, why)
         return found
 
+    def _too_large(self, failure: Failure) -> None:
+        call = self.calls.get(failure.id)
+        if call is not None:
+            self._drop(call, "its answer is too large")
+        if failure.id:
+            self.outbox.extendleft(reversed(self.dialect.encode(failure)))
+
     def _drop(self, call: ServerCall, why: str) -> None:
         call.done = True
         call.inbox.clear()
@@ -428,6 +443,12 @@ class ClientCore(_Core[ClientCall]):
             call.done = True
             self.calls.pop(call.id, None)
             self._say(events.Cancel(call.id))
+
+    def _too_large(self, failure: Failure) -> None:
+        call = self.calls.get(failure.id)
+        if call is not None:
+            self.cancel(call)
+            call.failure = failure
 
     def receive(self, frame: bytes) -> list[ClientCall | events.Push]:
         """The calls to which something happened, and pushes. Raises ProtocolError."""
