@@ -35,7 +35,6 @@ def _method(
         return
     if before.get("message") is not None and before["message"] != after.get("message"):
         yield "", f"no longer takes the message {before['message']!r}"
-        return
     sent, taken = before["parameters"], after["parameters"]
     to_server, to_client = _Reader(new, old), _Reader(old, new)
     for ours, theirs in zip(sent, taken, strict=False):

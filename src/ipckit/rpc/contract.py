@@ -424,6 +424,7 @@ def _method(name: str, function: Callable[..., Any], *, bound: bool) -> Method:
     try:
         method.wire("msgpack", named=False)
         method.wire("json", named=True)
+        msgspec.json.schema_components([*(each.type for each in parameters), item, result])  # decoders take any class
     except TypeError as error:
         raise errors.ConfigError(f"{function.__qualname__}: a type that cannot travel: {error}") from error
     return method
