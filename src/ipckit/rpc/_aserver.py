@@ -79,11 +79,9 @@ class AsyncServer(BaseServer):
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Until the server has ended. False when it still runs after `timeout` seconds."""
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), timeout)
-        except TimeoutError:
-            return False
-        return True
+        return self._ended.is_set()
 
     async def shutdown(self, drain: float = 5) -> ShutdownReport:
         """Take no new calls, let those under way finish for `drain` seconds, cut off the rest, and end."""

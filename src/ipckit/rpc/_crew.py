@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -53,11 +54,12 @@ class Crew:
             return None
 
     def close(self, timeout: float) -> None:
-        """Let the threads go, when they have finished what they are at; wait so many seconds for them."""
+        """Let the threads go, when they have finished what they are at; wait so many seconds for all of them."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             threads = tuple(self._threads)
+        until = time.monotonic() + timeout
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(timeout)
+                thread.join(max(until - time.monotonic(), 0))

@@ -170,7 +170,7 @@ class Server(BaseServer):
             self._loop = None
         if loop is not None and thread is not None:
             _end_loop(loop, thread)
-        self._engine.crew.close(1)
+        self._engine.crew.close(0.5)
         self._ended.set()
 
     def __enter__(self) -> Self:
