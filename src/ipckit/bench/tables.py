@@ -119,7 +119,7 @@ def batches(results: Results) -> RenderableType:
     return Group(table(title, columns, rows), Text(legend, style=QUIET))
 
 
-def one_way(results: Results, *, batched: bool = True) -> RenderableType:
+def one_way(results: Results, *, batched: bool = True, title: str = "One way") -> RenderableType:
     """As fast as it goes, one by one; with what goes in batches, where that has no table of its own."""
     sizes = results.conditions.sizes
     columns = [("", "")]
@@ -142,7 +142,7 @@ def one_way(results: Results, *, batched: bool = True) -> RenderableType:
             cells += [_rate(row.floor, size, number == 0)]
         rows.append(cells)
     legend = "÷: our rate in times theirs; above 1 is faster. " + ("batched: send_many, recv_many. " if batched else "")
-    return Group(table("One way", columns, rows), Text(f"{legend}MB: 10⁶ bytes", style=QUIET))
+    return Group(table(title, columns, rows), Text(f"{legend}MB: 10⁶ bytes", style=QUIET))
 
 
 def fans(results: Results) -> Iterator[RenderableType]:

@@ -107,6 +107,8 @@ class AsyncClient(Base):
         try:
             if request.stream is not None:
                 await self._feed(conn, call, request)
+            else:
+                self._look(conn)
             if not await self._wait(call, lambda: call.done, request.deadline):
                 raise self._overdue(request)
         finally:
@@ -179,6 +181,12 @@ class AsyncClient(Base):
             if deadline is not None and time.monotonic() >= deadline:
                 return ready()
         return True
+
+    def _look(self, conn: Live) -> None:
+        try:
+            conn.look()
+        except BROKEN as error:
+            self._broke(conn, error)
 
     async def _flush(self, conn: Live) -> None:
         if not conn.try_flush():

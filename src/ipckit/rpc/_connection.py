@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from .. import errors
-from .._spi import Link, Steps, Want
+from .._spi import Link, Spinning, Steps, Want
 from .._url import Url
 from . import events
 from .protocol import ClientCall, ClientCore
@@ -111,6 +111,13 @@ class Connection:
             if not frames:  # sticky: it is raised again after these were heard
                 raise
         return frames
+
+    def look(self) -> None:
+        """For a loop: the answer of a single call is looked for a little, where that has paid, before it sleeps."""
+        if isinstance(self.link, Spinning) and len(self.core.calls) == 1:
+            frame = self.link.spin_recv()
+            if frame is not None:
+                self.heard([frame])
 
     def break_off(self, error: errors.IpcError) -> None:
         """It is over: every call that is under way ends with this error."""

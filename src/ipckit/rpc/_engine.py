@@ -20,7 +20,7 @@ import msgspec
 
 from .. import errors
 from .._linkwatch import Watch
-from .._spi import Abandoning, Link, Listener, Steps, Want
+from .._spi import Abandoning, Link, Listener, Spinning, Steps, Want
 from .._url import Url
 from . import events
 from ._attend import TICK, Attendance
@@ -181,7 +181,7 @@ class Engine:
             self._watch.put(conn, conn.link.arm(want))
         if before and not conn.blocked:
             self._roomy(conn)
-        if want & Want.RECV and self._hear(conn):
+        if want & Want.RECV and (self._hear(conn) or self._look(conn)):
             self._returned.append(conn)
 
     def _roomy(self, conn: ServerConnection) -> None:
@@ -198,6 +198,15 @@ class Engine:
                 return taken > 0
             self.received(conn, frame)
         return True
+
+    def _look(self, conn: ServerConnection) -> bool:
+        """A loop with one client looks for its next call a little longer, where that has paid; else it would be woken for it."""
+        if self._threads or len(self._connections) > 1 or not isinstance(conn.link, Spinning):
+            return False
+        frame = conn.link.spin_recv()
+        if frame is not None:
+            self.received(conn, frame)
+        return frame is not None
 
     def received(self, conn: ServerConnection, frame: bytes) -> None:
         """By the state machine. Raises ProtocolError."""
@@ -225,7 +234,7 @@ class Engine:
         """Send what can be sent; the rest goes out when there is room. From any thread."""
         try:
             with conn.mutex:
-                if conn.lost or (not conn.core.outbox and not conn.blocked):
+                if conn.lost or (not conn.core.outbox and not conn.blocked and conn.link.try_flush()):
                     return
                 before, conn.blocked = conn.blocked, not conn.try_flush()
                 stuck = conn.blocked and not before and conn.attendant is None

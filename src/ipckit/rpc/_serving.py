@@ -187,8 +187,12 @@ class Production:
                 value = next(self._items)
                 body = encode(value)
                 with mutex:
-                    core.item(call, body)
-                flush(conn)
+                    frames = core.item_frames(call, body)
+                sent = True
+                for frame in frames:
+                    sent = conn.send(frame) and sent
+                if not sent:
+                    flush(conn)
             self._close()
             job.done()
         except StopIteration:

@@ -10,6 +10,7 @@ from .. import errors
 from .._spi import Fused, Link
 from .._url import Url
 from .._wait import Gate
+from ._connection import BROKEN
 from .protocol import ServerCall, ServerCore
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Bytes of answers that may wait for a client that does not read; beyond them it is not heard either.
 BACKLOG = 4 << 20
+#: How long a thread that produces a stream may wait for room in its link, in seconds, before it is put to better use.
+PATIENCE = 0.005
 
 
 class ServerConnection:
@@ -57,6 +60,23 @@ class ServerConnection:
         """Immediate. Nobody is in the link, unless it is fused."""
         self.gate.close()
         self.link.close()
+
+    def send(self, frame: bytes) -> bool:
+        """One frame, from its own thread and without the mutex; it waits a little. False: it has become the outbox's.
+
+        Frames that others send meanwhile may overtake it, so it is for those whose order only their own thread knows.
+        """
+        if self.fused is not None and not self.core.outbox and not self.blocked:
+            try:
+                self.fused.send(frame, PATIENCE)
+                return True
+            except errors.OutcomeUnknown:  # the link has it
+                return False
+            except (errors.Timeout, errors.MessageTooLarge, *BROKEN):
+                pass  # whoever flushes the outbox meets it again
+        with self.mutex:
+            self.core.outbox.append(frame)
+        return False
 
     def answer(self, frame: bytes) -> None:
         """Send one frame, after those that wait. With the mutex held."""

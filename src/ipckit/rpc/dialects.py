@@ -29,6 +29,8 @@ SUBSCRIBE, UNSUBSCRIBE, PUSH, GOODBYE, HEARTBEAT = range(9, 14)
 CALL_MARK = bytes((MAGIC, CALL))
 RESULT_MARK = bytes((MAGIC, RESULT, 0, 0))
 
+#: Bodies of frames from here on are not copied out of them.
+_LARGE = 4096
 _LONGEST_TTL = 0xFFFFFFFF / 1000
 
 
@@ -77,12 +79,13 @@ class Native:
 
 
 def _decode(frame: bytes) -> Event:
+    body: Any  # bytes, or where they are many a view of them
     magic, marked, length, id, number = HEAD.unpack_from(frame)
     kind = marked & ~_METADATA
     start = HEAD.size + length
     if magic != MAGIC or start > len(frame):
         raise ValueError("its header is wrong")
-    head, body = frame[HEAD.size : start], frame[start:]
+    head, body = frame[HEAD.size : start], frame[start:] if len(frame) < _LARGE else memoryview(frame)[start:]
     if kind == CALL:
         return _call(marked, head, body, id, number)
     if kind == ITEM:
@@ -116,7 +119,7 @@ _with_metadata = msgspec.msgpack.Decoder(tuple[str, dict[str, str]]).decode
 _pack = msgspec.msgpack.Encoder().encode
 
 
-def _call(marked: int, head: bytes, body: bytes, id: int, number: int) -> events.Call:
+def _call(marked: int, head: bytes, body: Any, id: int, number: int) -> events.Call:
     metadata: dict[str, str] = {}
     if marked & _METADATA:
         name, metadata = _with_metadata(head)

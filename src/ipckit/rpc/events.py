@@ -15,7 +15,7 @@ import msgspec
 _NOTHING: Mapping[str, str] = {}
 
 #: Bytes of stream items that may be on their way to one who has not consumed them.
-WINDOW = 256 * 1024
+WINDOW = 1 << 20
 
 
 class Hello(msgspec.Struct, gc=False):

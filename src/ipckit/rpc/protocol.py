@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from ..errors import ProtocolError
@@ -159,10 +159,11 @@ class _Core(Generic[C]):
             call._owed = 0
         return item.body
 
-    def _send_item(self, call: C, body: bytes) -> None:
-        for frame in self.dialect.encode(events.Item(call.id, body)):
-            call.credit -= len(frame) if self.dialect.flow else 0
-            self.outbox.append(frame)
+    def _item_frames(self, call: C, body: bytes) -> Sequence[bytes]:
+        frames = self.dialect.encode(events.Item(call.id, body))
+        if self.dialect.flow:
+            call.credit -= sum(map(len, frames))
+        return frames
 
     def _credited(self, event: events.Credit) -> C | None:
         call = self.calls.get(event.id)
@@ -296,10 +297,12 @@ class ServerCore(_Core[ServerCall]):
 
     def item(self, call: ServerCall, body: bytes) -> bool:
         """One more of a stream of results. False: nobody wants it any more."""
-        if call.done:
-            return False
-        self._send_item(call, body)
-        return True
+        self.outbox.extend(self.item_frames(call, body))
+        return not call.done
+
+    def item_frames(self, call: ServerCall, body: bytes) -> Sequence[bytes]:
+        """`item`, for who sends its frames itself. None of them: nobody wants it any more."""
+        return () if call.done else self._item_frames(call, body)
 
     def _last(self, call: ServerCall) -> bool:
         if call.done:
@@ -429,7 +432,7 @@ class ClientCore(_Core[ClientCall]):
         """One more of the stream that this call sends. False: the call is over, nobody wants it."""
         if call.done:
             return False
-        self._send_item(call, body)
+        self.outbox.extend(self._item_frames(call, body))
         return True
 
     def end(self, call: ClientCall) -> None:

@@ -45,6 +45,7 @@ class Pattern:
         first: the side that has the name.
         tables: what is printed below.
         claimed: the published claims are about this.
+        batched: many messages in one call are measured too, where there is one echo.
         blank: the case of a transport that no table knows.
     """
 
@@ -59,6 +60,7 @@ class Pattern:
     first: Side = "echo"
     tables: Callable[[Results], Iterable[RenderableType]]
     claimed: bool = False
+    batched: bool = True
     blank: Case = _BLANK
 
     @property
@@ -68,7 +70,7 @@ class Pattern:
     @property
     def batches(self) -> bool:
         """Many messages in one call are measured too; of a crowd, its size is the question."""
-        return len(self.audiences) == 1
+        return self.batched and len(self.audiences) == 1
 
 
 def names() -> tuple[str, ...]:
