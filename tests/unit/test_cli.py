@@ -78,7 +78,7 @@ def test_without_rich_one_is_told(capsys, monkeypatch):
     ("arguments", "text"),
     [
         (["--transport", "unux"], "did you mean 'unix'"),
-        (["--pattern", "chanel"], "known: channel, pubsub, queue"),
+        (["--pattern", "chanel"], "known: channel, pubsub, queue, rpc"),
         (["--size", "64 parsecs"], "--size must be a size"),
         (["--size", "0"], "--size must be 1 or more"),
         (["--cpus", "0"], "--cpus takes two numbers"),

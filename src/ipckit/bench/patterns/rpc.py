@@ -26,6 +26,7 @@ _RAW = "ipckit.bench.raw_rpc:"
 
 GRPC = Raw("grpcio unary", _RAW + "grpc", "unix:{dir}/{name}.raw", _RAW + "agrpc", "grpc.aio unary", needs=("grpc",))
 GRPC_TCP = replace(GRPC, address="127.0.0.1:0")
+NATS = Raw("nats-py request", _RAW + "nats", "{nats}/{name}.raw", _RAW + "anats")
 _ZMQ = Raw("pyzmq REQ/REP", _RAW + "zmq", "ipc://{dir}/{name}.raw")
 
 _BY_HAND = {
@@ -34,7 +35,7 @@ _BY_HAND = {
     "zmq+ipc": _ZMQ,
     "zmq+tcp": replace(_ZMQ, address="tcp://127.0.0.1:*"),
     "zmq+inproc": replace(_ZMQ, address="inproc://{name}.raw"),
-    "nats": Raw("nats-py request", _RAW + "nats", "{nats}/{name}.raw", _RAW + "anats"),
+    "nats": NATS,
 }
 
 BLANK = Case(scheme="", url="", opener=_HERE + "sync", awaited_opener=_HERE + "awaited")
