@@ -52,6 +52,7 @@ class Connection:
         self.error: errors.IpcError | None = None
         self.since = time.monotonic()
         self._pushed = pushed
+        self._spin = link.spin_recv if isinstance(link, Spinning) else None
 
     @property
     def good(self) -> bool:
@@ -114,8 +115,8 @@ class Connection:
 
     def look(self) -> None:
         """For a loop: the answer of a single call is looked for a little, where that has paid, before it sleeps."""
-        if isinstance(self.link, Spinning) and len(self.core.calls) == 1:
-            frame = self.link.spin_recv()
+        if self._spin is not None and len(self.core.calls) == 1:
+            frame = self._spin()
             if frame is not None:
                 self.heard([frame])
 

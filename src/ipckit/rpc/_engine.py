@@ -20,7 +20,7 @@ import msgspec
 
 from .. import errors
 from .._linkwatch import Watch
-from .._spi import Abandoning, Link, Listener, Spinning, Steps, Want
+from .._spi import Abandoning, Link, Listener, Steps, Want
 from .._url import Url
 from . import events
 from ._attend import TICK, Attendance
@@ -118,13 +118,15 @@ class Engine:
         if self.stopping:
             self._door_armed = True
             return
-        for _ in range(2):  # once more after it was told that we are about to sleep
-            while (link := self.listener.try_accept()) is not None:
-                self._admit(link)
-            if self._door_armed:
-                return
+        if not self._door_armed:
+            self._let_in()
             self._watch.put(_DOOR, self.listener.arm(Want.RECV))
             self._door_armed = True
+            self._let_in()  # once more after it was told that we are about to sleep
+
+    def _let_in(self) -> None:
+        while (link := self.listener.try_accept()) is not None:
+            self._admit(link)
 
     def _admit(self, link: Link) -> None:
         core = ServerCore(
@@ -201,9 +203,9 @@ class Engine:
 
     def _look(self, conn: ServerConnection) -> bool:
         """A loop with one client looks for its next call a little longer, where that has paid; else it would be woken for it."""
-        if self._threads or len(self._connections) > 1 or not isinstance(conn.link, Spinning):
+        if self._threads or len(self._connections) > 1 or conn.spin is None:
             return False
-        frame = conn.link.spin_recv()
+        frame = conn.spin()
         if frame is not None:
             self.received(conn, frame)
         return frame is not None

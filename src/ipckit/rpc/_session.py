@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .. import errors
-from .._spi import Fused, Link
+from .._spi import Fused, Link, Spinning
 from .._url import Url
 from .._wait import Gate
 from ._connection import BROKEN
@@ -30,6 +30,7 @@ class ServerConnection:
         self.core = core
         self.mutex = threading.Lock()
         self.fused: Fused | None = link if isinstance(link, Fused) else None
+        self.spin = link.spin_recv if isinstance(link, Spinning) else None
         self.attendant: Worker | None = None
         self.gate = Gate(url, lambda: None)  # where a worker waits for a link that is not fused
         self.blocked = False  # something waits to be sent
