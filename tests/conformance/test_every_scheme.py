@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from ipckit import _registry, capabilities
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract
 from ipckit.testing.conformance._base import Contract
 
-CONTRACTS: dict[str, type[Contract]] = {"channel": ChannelContract, "queue": QueueContract, "pubsub": PubSubContract}
+CONTRACTS: dict[str, type[Contract]] = {
+    "channel": ChannelContract,
+    "queue": QueueContract,
+    "pubsub": PubSubContract,
+    "rpc": RpcContract,
+}
 
 
 def classes() -> list[type[Contract]]:

@@ -30,6 +30,8 @@ class TestFifoTopics(PubSubContract):
 
 
 class TestFifoCalls(RpcContract):
+    schemes = ("fifo",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"fifo://contract-{uuid4().hex}"

@@ -30,6 +30,8 @@ class TestInprocTopics(PubSubContract):
 
 
 class TestInprocCalls(RpcContract):
+    schemes = ("inproc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "inproc://contract"

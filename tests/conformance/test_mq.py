@@ -42,6 +42,8 @@ class TestMqTopics(PubSubContract):
 
 
 class TestMqCalls(RpcContract):
+    schemes = ("mq",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"mq://contract-{uuid4().hex}?depth=8&frame=2048"

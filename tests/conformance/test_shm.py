@@ -28,6 +28,8 @@ class TestShmTopics(PubSubContract):
 
 
 class TestShmCalls(RpcContract):
+    schemes = ("shm",)
+
     @pytest.fixture
     def url(self) -> str:
         return "shm://contract"

@@ -28,6 +28,8 @@ class TestTcpTopics(PubSubContract):
 
 
 class TestTcpCalls(RpcContract):
+    schemes = ("tcp",)
+
     @pytest.fixture
     def url(self) -> str:
         return "tcp://127.0.0.1:0"

@@ -40,6 +40,8 @@ class TestTlsTopics(PubSubContract):
 
 
 class TestTlsCalls(RpcContract):
+    schemes = ("tls",)
+
     @pytest.fixture
     def url(self, certificate: Path) -> str:
         return f"tls://127.0.0.1:{free_port()}?ca={certificate}/ca.pem&cert={certificate}/server.pem"

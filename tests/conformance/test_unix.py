@@ -28,6 +28,8 @@ class TestUnixTopics(PubSubContract):
 
 
 class TestUnixCalls(RpcContract):
+    schemes = ("unix",)
+
     @pytest.fixture
     def url(self) -> str:
         return "unix://contract"

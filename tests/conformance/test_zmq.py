@@ -127,18 +127,24 @@ class TestZmqInprocNativeTopics(PubSubContract):
 
 
 class TestZmqTcpCalls(RpcContract):
+    schemes = ("zmq+tcp",)
+
     @pytest.fixture
     def url(self) -> str:
         return f"zmq+tcp://127.0.0.1:{free_port()}"
 
 
 class TestZmqIpcCalls(RpcContract):
+    schemes = ("zmq+ipc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+ipc://conformance"
 
 
 class TestZmqInprocCalls(RpcContract):
+    schemes = ("zmq+inproc",)
+
     @pytest.fixture
     def url(self) -> str:
         return "zmq+inproc://conformance"

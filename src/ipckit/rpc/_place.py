@@ -16,10 +16,13 @@ from .._spi import Abandoning, Calls, Link, Listener, Steps, Wait, Want
 from .._url import Url, parse
 from ..channel import AsyncChannel, Channel
 
+
 class Place(Opening):
     """What `Server` and `Client` are opened with."""
 
-    def __init__(self, where: str | Url | Channel[Any] | AsyncChannel[Any], require: Collection[str], operation: str) -> None:
+    def __init__(
+        self, where: str | Url | Channel[Any] | AsyncChannel[Any], require: Collection[str], operation: str
+    ) -> None:
         """Raises what opening a transport raises; ConfigError for a channel that holds messages which nobody took."""
         super().__init__(where, None, None, require, "rpc", operation)
         named = self.capabilities.listen or isinstance(self.transport, Calls)
