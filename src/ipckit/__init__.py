@@ -11,11 +11,11 @@ from ._capabilities import Capabilities
 from ._registry import capabilities, register, schemes
 from ._spi import Peer
 from ._url import Url
-from .channel import Channel, ChannelStats, Listener, connect, listen, pair
 from .codecs import Codec
 from .errors import IpcError
 
 if TYPE_CHECKING:
+    from .channel import Channel, ChannelStats, Listener, connect, listen, pair
     from .message import Message
     from .pubsub import Publisher, Subscriber, publisher, subscriber
     from .queue import Receiver, Sender, receiver, sender
@@ -59,8 +59,9 @@ __all__ = [
     "subscriber",
 ]
 
-#: Where the names of the patterns are that a program may never use: each is imported when it is first asked for.
+#: Where the names of the patterns are. Each module is imported when it is first asked for: no program uses them all.
 _LATER = {
+    **dict.fromkeys(("Channel", "ChannelStats", "Listener", "connect", "listen", "pair"), "channel"),
     "Message": "message",
     **dict.fromkeys(("Publisher", "Subscriber", "publisher", "subscriber"), "pubsub"),
     **dict.fromkeys(("Receiver", "Sender", "receiver", "sender"), "queue"),
