@@ -18,7 +18,7 @@ import msgspec
 
 from .. import errors
 from .._endpoint import Endpoint
-from .._spi import Abandoning, Fused, Steps
+from .._spi import Abandoning, Fused, Steps, Wait
 from .._url import Url
 from .._wait import Gate, Lane
 from ..channel import AsyncChannel, Channel
@@ -153,29 +153,45 @@ class Base(Endpoint):
     # -- connecting ----------------------------------------------------------------------------------------------------
 
     def _dial(self) -> Steps[Live]:
-        """A connection whose server has what we expect. Raises ProtocolError for a contract that is incompatible."""
-        link = yield from self._place.connect()
-        conn = Live(link, self.url, self._pushed)
-        try:
-            conn.core.hello(dict(self._expected.keys()))
-            types = sorted({name for each in self._subscriptions for name in each.types})
-            if types:
-                conn.core.subscribe(types)
-            yield from conn.flush()
-            while conn.core.server is None:
-                conn.heard((yield from conn.receive()))
-            for (target, _), contract in tuple(self._expected.items()):
-                yield from self._agree(conn, target, contract)
-        except errors.PeerClosed as error:
-            conn.close()
-            raise errors.NothingListening(
-                "the server closed the connection before it said hello", url=self.url, operation="client"
-            ) from error
-        except BaseException:
-            conn.close()
-            raise
-        self._adopt(conn)
-        return conn
+        """A connection whose server has what we expect. A server that leaves before it said hello is waited for, as one that
+        is not there yet. Raises SchemaError for a contract that is incompatible.
+        """
+        pause = _FIRST_PAUSE
+        while True:
+            conn = Live((yield from self._place.connect()), self.url, self._pushed)
+            try:
+                yield from self._greet(conn)
+            except errors.PeerError as error:
+                conn.close()
+                if conn.core.refusal is not None:
+                    raise failures.error_of(conn.core.refusal, self.url, "client") from error
+                if self._place.end is not None:
+                    raise
+                last = error
+            except BaseException:
+                conn.close()
+                raise
+            else:
+                self._adopt(conn)
+                return conn
+            try:
+                yield Wait((), pause)
+            except errors.Timeout:
+                raise errors.NothingListening(
+                    "the server closed the connection before it said hello", url=self.url, operation="client"
+                ) from last
+            pause = min(pause * 2, _LAST_PAUSE)
+
+    def _greet(self, conn: Live) -> Steps[None]:
+        conn.core.hello(dict(self._expected.keys()))
+        types = sorted({name for each in self._subscriptions for name in each.types})
+        if types:
+            conn.core.subscribe(types)
+        yield from conn.flush()
+        while conn.core.server is None:
+            conn.heard((yield from conn.receive()))
+        for (target, _), contract in tuple(self._expected.items()):
+            yield from self._agree(conn, target, contract)
 
     def _adopt(self, conn: Live) -> None:
         """New calls go over this one; calls under way are finished on the old one, whose server is leaving."""

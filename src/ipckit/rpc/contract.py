@@ -16,9 +16,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import enum
-import hashlib
 import inspect
-import operator
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -30,6 +28,7 @@ import msgspec
 
 from .. import errors
 from ..codecs import _with_path
+from ._description import describe, fingerprint
 
 F = TypeVar("F", bound=Callable[..., Any])
 Format = Literal["msgpack", "json"]
@@ -309,7 +308,7 @@ class Contract:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        return _describe(self)
+        return describe(self)
 
     def describe(self) -> dict[str, Any]:
         """The contract as JSON: methods with their shapes, and the JSON Schema of every type."""
@@ -319,10 +318,6 @@ class Contract:
     def fingerprint(self) -> str:
         """64 bits of SHA-256 of the description, in hex. Contracts that mean the same have the same one."""
         return fingerprint(self.description)
-
-
-def fingerprint(description: dict[str, Any]) -> str:
-    return hashlib.sha256(msgspec.json.encode(description, order="deterministic")).hexdigest()[:16]
 
 
 # -- reading annotations -----------------------------------------------------------------------------------------------
@@ -444,34 +439,3 @@ def _is_record(kind: type) -> bool:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _describe(contract: Contract) -> dict[str, Any]:
-    order = sorted(contract.methods.values(), key=operator.attrgetter("name"))
-    wanted = [kind for each in order for kind in (*(p.type for p in each.parameters), each.item, each.result)]
-    schemas, components = msgspec.json.schema_components(wanted, ref_template="#/$defs/{name}")
-    left = iter(schemas)
-    methods: dict[str, Any] = {}
-    for each in order:
-        parameters = [
-            {"name": parameter.name, "required": parameter.required, "schema": _plain(next(left))}
-            for parameter in each.parameters
-        ]
-        item, result = _plain(next(left)), _plain(next(left))
-        methods[each.name] = {"shape": each.shape.value, "parameters": parameters, "result": result}
-        if each.stream is not None:
-            methods[each.name]["items"] = item
-        if each.message is not None:
-            methods[each.name]["message"] = each.message
-        if each.options.idempotent:
-            methods[each.name]["idempotent"] = True
-    return {"service": contract.name, "methods": methods, "$defs": _plain(components)}
-
-
-def _plain(schema: Any) -> Any:
-    """Without the words that are for people: they may change and the contract is the same."""
-    if isinstance(schema, dict):
-        return {key: _plain(value) for key, value in schema.items() if key not in ("title", "description", "examples")}
-    if isinstance(schema, list | tuple):
-        return [_plain(value) for value in schema]
-    return msgspec.to_builtins(schema)

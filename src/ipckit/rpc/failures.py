@@ -23,8 +23,6 @@ CODES: dict[str, type[errors.IpcError]] = {
     "SHUTTING_DOWN": errors.ShuttingDown,
     "PEER_DIED": errors.PeerDied,  # of one of several servers behind one connection
 }
-#: What was not begun may be tried again, whatever the method does.
-NOT_BEGUN = frozenset({"RATE_LIMITED", "TARGET_BUSY", "SHUTTING_DOWN"})
 #: What a handler raises to say it of its own call; other errors of ipckit are its private affairs.
 _SPOKEN: dict[type[BaseException], str] = {
     cls: code for code, cls in CODES.items() if issubclass(cls, errors.RpcError) and cls is not errors.RemoteError

@@ -380,6 +380,7 @@ class ClientCore(_Core[ClientCall]):
         self._ids = itertools.count(1)
         self.leaving = False
         self.server: events.Hello | None = None
+        self.refusal: Failure | None = None  # of the connection as a whole
 
     def hello(self, targets: Mapping[str, str]) -> None:
         self._say(events.Hello(self.window, dict(targets)))
@@ -473,6 +474,8 @@ class ClientCore(_Core[ClientCall]):
                     call.failure = event
                 else:
                     call.complete = True
+            elif isinstance(event, Failure) and not event.id:
+                self.refusal = event
             return call
         if isinstance(event, events.Item):
             return self._arrived(event)
