@@ -510,6 +510,60 @@ def test_a_channel_that_holds_messages_is_not_given_away() -> None:
         assert ours.recv(0) == 5
 
 
+def test_a_client_that_never_called_lets_its_channel_go() -> None:
+    ours, theirs = ipckit.pair("unix://")
+    ipckit.Client(ours).close()
+    with theirs, pytest.raises(errors.PeerClosed):
+        theirs.recv(10)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside the server's threads
+def test_a_forked_child_has_neither_the_client_nor_the_server() -> None:
+    server = ipckit.Server(URL, Work())
+    with ipckit.client(URL, Work) as work:
+        assert work.echo(b"x") == b"x"
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                with pytest.raises(errors.ForkedError):
+                    work.echo(b"x")
+                work.close()
+                server.close()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert work.echo(b"still") == b"still"
+    server.close()
+
+
+class Diary(ipckit.Service):
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def note(self, n: int) -> None:
+        self.seen += 1
+
+
+def test_what_was_said_before_a_goodbye_is_heard() -> None:
+    """Calls that want no answer, and one that does, from a client that is gone by then."""
+    from ipckit.rpc.protocol import ClientCore
+
+    service = Diary()
+    with ipckit.Server(URL, service) as server:
+        for number in range(20):
+            core = ClientCore()
+            core.begin("diary", "note", msgspec.msgpack.encode((0,)), 0.0)
+            for n in range(number):
+                core.notice("diary", "note", msgspec.msgpack.encode((n,)))
+            with ipckit.connect(URL, timeout=10) as channel:
+                channel.send_many(list(core.outbox))
+        assert eventually(lambda: service.seen == 20 + sum(range(20)))
+        assert eventually(lambda: server.stats()["connections_active"] == 0)
+        assert server.stats()["in_flight"] == 0
+
+
 PROGRAM = """if True:
     import asyncio, sys, ipckit, ipckit.aio
     class Echo(ipckit.Service):
@@ -594,6 +648,44 @@ def test_ctrl_c_cancels_the_call_and_the_client_stays_good() -> None:
         thread.join()
         service.free.set()
         assert work.echo(b"x") == b"x"
+
+
+def test_a_cancelled_task_cancels_its_handler() -> None:
+    service = Work()
+
+    async def main() -> None:
+        async with ipckit.aio.Server(URL, service) as server, await ipckit.aio.client(URL, Work) as work:
+            calls = [asyncio.ensure_future(work.ahold()) for _ in range(2)]
+            await asyncio.to_thread(waiting, service, 2)
+            calls[0].cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await calls[0]
+            while server.stats()["in_flight"] > 1:
+                await work.echo(b"")  # type: ignore[misc]
+            service.free.set()
+            assert await calls[1] == "done"
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_deadline_holds_where_nothing_can_be_sent() -> None:
+    """The server's process is stopped, and everything between is full."""
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, "sync"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+
+        async def main() -> None:
+            async with await ipckit.aio.client(URL) as client:
+                await client.call("echo", "echo", 5)
+                process.send_signal(signal.SIGSTOP)
+                for _ in range(2):
+                    with pytest.raises(errors.DeadlineExceeded):
+                        await client.call("echo", "echo", "x" * 4_000_000, timeout=0.1)
+
+        asyncio.run(asyncio.wait_for(main(), 30))
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
 
 
 def test_garbage_costs_its_own_connection_only(caplog: pytest.LogCaptureFixture) -> None:

@@ -118,13 +118,20 @@ class AsyncClient(Base):
     async def _start(self, request: Request) -> tuple[Live, ClientCall]:
         while True:
             conn = await self._connected(request.deadline)
+            call: ClientCall | None = None
             try:
                 call = self._begin(conn, request)
-                await self._flush(conn)
+                await self._flush(conn, request.deadline)
             except BROKEN as error:
                 self._broke(conn, error)
                 if self.closed:
                     raise
+            except BaseException as error:  # the deadline, or whoever called is cancelled
+                if call is not None:
+                    self._give_up(conn, call)
+                if isinstance(error, errors.Timeout):
+                    raise self._overdue(request) from error
+                raise
             else:
                 return conn, call
 
@@ -188,9 +195,9 @@ class AsyncClient(Base):
         except BROKEN as error:
             self._broke(conn, error)
 
-    async def _flush(self, conn: Live) -> None:
+    async def _flush(self, conn: Live, deadline: float | None = None) -> None:
         if not conn.try_flush():
-            await arun(conn.flush(), conn.tx, None)
+            await arun(conn.flush(), conn.tx, None if deadline is None else max(deadline - time.monotonic(), 0.0))
 
     async def _pump(self, conn: Live) -> None:
         """Receive for everybody, until the connection is lost or closed."""
@@ -241,7 +248,6 @@ class AsyncClient(Base):
 
     async def close(self) -> None:
         self._close()
-        self._lines.close()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()

@@ -150,6 +150,12 @@ class Base(Endpoint):
         self._pause = 0.0
         self.reconnects = -1
 
+    def _close(self) -> None:
+        super()._close()
+        if not self._gate.foreign:
+            self._lines.close()
+            self._place.discard()
+
     # -- connecting ----------------------------------------------------------------------------------------------------
 
     def _dial(self) -> Steps[Live]:

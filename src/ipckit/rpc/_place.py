@@ -56,6 +56,12 @@ class Place(Opening):
             )
         return link
 
+    def discard(self) -> None:
+        """Close a channel's link that nobody has asked for."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
 
 class OneClient:
     """A listener to which one has come already, and nobody else will."""

@@ -46,7 +46,10 @@ class ServerConnection:
         return self.blocked and sum(map(len, self.core.outbox)) > BACKLOG
 
     def try_flush(self) -> bool:
-        """Send what the core has to say, with the mutex held."""
+        """Send what the core has to say, with the mutex held.
+
+        A client that is gone is sent no more. But what it had said before is still to be read, so the end is for who receives.
+        """
         outbox = self.core.outbox
         while outbox:
             try:
@@ -55,7 +58,13 @@ class ServerConnection:
                 outbox.popleft()
             except errors.MessageTooLarge as error:
                 self.core.unsendable(error.message)
-        return self.link.try_flush()
+            except errors.PeerError:
+                outbox.clear()
+                return True
+        try:
+            return self.link.try_flush()
+        except errors.PeerError:
+            return True
 
     def close(self) -> None:
         """Immediate. Nobody is in the link, unless it is fused."""

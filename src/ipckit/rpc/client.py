@@ -281,7 +281,6 @@ class Client(Base):
     def close(self) -> None:
         """Immediate and idempotent. Calls under way raise Closed."""
         self._close()
-        self._lines.close()
 
     def __enter__(self) -> Self:
         return self

@@ -163,6 +163,8 @@ class Server(BaseServer):
         """End at once: callers hear ShuttingDown or a closed connection. Idempotent."""
         self._close()
         self._watcher_gate.close()
+        if self._gate.foreign:  # a forked child has none of the threads
+            return
         if threading.current_thread() is not self._thread:
             self._thread.join(5)
         with self._loop_mutex:
