@@ -13,7 +13,7 @@ How the parts fit, from the ground up:
 | `_place.py` | a URL, or a channel in its place |
 | `_connection.py` `_calling.py` | a client's connection, and what its two shells share |
 | `client.py` `_short.py` `_results.py` | the client for threads: calls, their short way, streams and pushes |
-| `_aclient.py` | the client for tasks |
+| `_aclient.py` `_aresults.py` | the client for tasks |
 | `_exposed.py` `_limits.py` | what a server exposes, and what it allows |
 | `_engine.py` `_session.py` | the server: its watcher, and one client as it sees it |
 | `_attend.py` `_serving.py` `_crew.py` | where handlers run: on the thread that receives, on a thread or a loop of their own |
