@@ -35,8 +35,6 @@ HalfClose: TypeAlias = Callable[[], Awaitable[None]]
 
 _PARKED = object()
 _TAG = 0x0A
-#: What a message needs besides its frame, on the wire.
-OVERHEAD = 16
 _EACH = 64  # what one costs besides its bytes, so that empty ones fill a buffer as well
 
 _DOUBT = 0.05  # seconds

@@ -21,25 +21,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import secrets
-import socket
-import ssl
-import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import errors
 from .._capabilities import Capabilities
-from .._options import LinkOptions, duration, option, size, text
+from .._options import duration, option, size
 from .._spi import Link, Listener, Peer, Steps, Transport, Wait, Want
 from .._url import Url
-from . import _unixsock
-from ._oserror import map_oserror
-from ._runtime import path_for
+from ._grpc_place import (
+    PlaceOptions,
+    address_of,
+    bind_unix,
+    check,
+    client_credentials,
+    give_up,
+    is_had,
+    path_of,
+    peer_of,
+    server_credentials,
+    settings_of,
+    still_closing,
+    target_of,
+)
 
 if TYPE_CHECKING:
     from ._grpc_home import IoThread
@@ -55,17 +60,9 @@ _FOR_EVER = 365 * 86400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options(LinkOptions):
+class Options(PlaceOptions):
     buffer: int = option(1 << 20, size, "bytes read ahead, and bytes accepted to be sent, on top of gRPC's own windows")
     linger: float = option(5.0, duration, "how long after close() and at exit what was sent may still go out")
-    keepalive: float = option(120.0, duration, "a peer whose machine is silent for twice as long is dead; 0: for ever")
-    ca: str | None = option(None, text, "connect: file of the authorities to trust, instead of the system's")
-    cert: str | None = option(None, text, "file with our certificate (and its chain); listening needs one")
-    key: str | None = option(None, text, "file with its private key, if it is not in cert")
-    client_ca: str | None = option(None, text, "listen: file of authorities; clients must have a certificate of theirs")
-    server_name: str | None = option(
-        None, text, "connect: the name that the certificate must be for, if not the host's"
-    )
 
 
 class Grpc(Transport[Options]):
@@ -91,10 +88,10 @@ class Grpc(Transport[Options]):
         return self.capabilities
 
     def listen(self, url: Url, options: Options) -> Steps[Listener]:
-        _check(url)
+        check(url)
         from ._grpc_home import grpc_home
 
-        credentials = _server_credentials(url, options)
+        credentials = server_credentials(url, options)
         home = grpc_home(url, "listen")
         listener = GrpcListener(url, options, home)
         try:
@@ -105,80 +102,16 @@ class Grpc(Transport[Options]):
         return listener
 
     def connect(self, url: Url, options: Options) -> Steps[Link]:
-        _check(url)
+        check(url)
         from ._grpc_home import grpc_home
 
-        credentials = _client_credentials(url, options)
+        credentials = client_credentials(url, options)
         home = grpc_home(url, "connect")
         dialling = _Dialling(url, options, home, credentials)
         try:
             return (yield from home.steps(dialling.dial))
         except errors.Timeout as error:
             raise errors.NothingListening(dialling.why, url=url, operation="connect") from error
-
-
-# -- addresses and credentials ----------------------------------------------------------------------------------------
-
-
-def _check(url: Url) -> None:
-    if url.scheme == "grpc+unix":
-        path_for(url, ".grpc")
-    elif len(url.hosts) != 1 or url.host.port is None or url.path not in ("", "/"):
-        raise errors.BadUrl(
-            "it takes one host and its port, and no path", url=url, hint=f"for example {url.scheme}://127.0.0.1:50051"
-        )
-    if url.scheme != "grpcs":
-        for name, _ in url.options:
-            if name in ("ca", "cert", "key", "client_ca", "server_name"):
-                raise errors.BadOption(f"{name}= is for grpcs://", url=url)
-
-
-def _file(url: Url, option: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise errors.BadOption(f"{option}= cannot be read: {error.strerror}", url=url) from error
-
-
-def _server_credentials(url: Url, options: Options) -> Any:
-    if url.scheme != "grpcs":
-        return None
-    import grpc
-
-    if options.cert is None:
-        raise errors.BadOption("listening needs a certificate", url=url, hint="cert=server.pem&key=server.key")
-    pair = (_file(url, "key", options.key or options.cert), _file(url, "cert", options.cert))
-    clients = _file(url, "client_ca", options.client_ca) if options.client_ca else None
-    return grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)
-
-
-def _client_credentials(url: Url, options: Options) -> Any:
-    if url.scheme != "grpcs":
-        return None
-    import grpc
-
-    authorities = options.ca or ssl.get_default_verify_paths().cafile
-    trusted = _file(url, "ca", authorities) if authorities else None
-    if options.cert is None:
-        return grpc.ssl_channel_credentials(trusted)
-    key = _file(url, "key", options.key or options.cert)
-    return grpc.ssl_channel_credentials(trusted, key, _file(url, "cert", options.cert))
-
-
-def _tuning(options: Options) -> list[tuple[str, Any]]:
-    """What both sides ask of gRPC's core."""
-    from ._grpc_link import OVERHEAD
-
-    tuning: list[tuple[str, Any]] = [
-        ("grpc.max_receive_message_length", min(options.limit + OVERHEAD, 2**31 - 1)),
-        ("grpc.max_send_message_length", -1),  # ours is asked first, and says more
-    ]
-    if options.keepalive > 0:  # a stopped process answers no pings: so these are for machines, and slow
-        period = max(int(options.keepalive * 1000), 1)
-        tuning += [("grpc.keepalive_time_ms", period), ("grpc.keepalive_timeout_ms", period)]
-        tuning += [("grpc.http2.max_pings_without_data", 0)]
-        tuning += [("grpc.http2.min_recv_ping_interval_without_data_ms", 1000)]
-    return tuning
 
 
 # -- connecting -------------------------------------------------------------------------------------------------------
@@ -194,7 +127,7 @@ class _Dialling:
     async def dial(self) -> GrpcLink:
         pause = 0.001
         while True:
-            with _target(self._url) as target:
+            with target_of(self._url) as target:
                 link = None if target is None else await self._attempt(target)
             if link is not None:
                 return link
@@ -207,7 +140,7 @@ class _Dialling:
         from ._grpc_home import background
         from ._grpc_link import GrpcLink, map_grpc
 
-        tuning = [*_tuning(self._options), ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+        tuning = [*settings_of(self._options), ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
         if self._credentials is None:
             channel = grpc.aio.insecure_channel(target, tuning)
         else:
@@ -225,8 +158,8 @@ class _Dialling:
             if call.done():
                 await call.read()  # raises what it ended with
                 return None
-            peer = Peer(address=_address(self._url))
-            link = GrpcLink(self._home, self._url, _path(self._url), self._options, peer, channel)
+            peer = Peer(address=address_of(self._url))
+            link = GrpcLink(self._home, self._url, path_of(self._url), self._options, peer, channel)
             link.peer_takes(answer)
             background(self._carry(link, channel, call))
             made = True
@@ -251,28 +184,6 @@ class _Dialling:
             await link.carry(call.read, call.write, call.done_writing)
         finally:
             await channel.close()
-
-
-def _path(url: Url) -> Path | None:
-    return path_for(url, ".grpc") if url.scheme == "grpc+unix" else None
-
-
-def _address(url: Url) -> str | None:
-    return str(url.host) if url.hosts and url.host.port is not None else None
-
-
-@contextlib.contextmanager
-def _target(url: Url) -> Iterator[str | None]:
-    """In gRPC's words; None: it cannot be there. Valid inside the block, for a long path is abbreviated there."""
-    if url.scheme != "grpc+unix":
-        yield f"dns:///{url.host}"
-        return
-    path = path_for(url, ".grpc")
-    if not path.exists():
-        yield None
-        return
-    with _unixsock._address(url, path) as short:
-        yield f"unix:{short}"
 
 
 # -- listening --------------------------------------------------------------------------------------------------------
@@ -304,19 +215,21 @@ class GrpcListener:
         from ._grpc_home import background
 
         if self.url.hosts and self.url.scheme != "grpc+unix":
-            await self._find_free()
-        tuning = [*_tuning(self._options), ("grpc.so_reuseport", 0)]
+            while still_closing(self.url):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        tuning = [*settings_of(self._options), ("grpc.so_reuseport", 0)]
         server = self._server = grpc.aio.server(options=tuning)
         server.add_generic_rpc_handlers((_handler(self._stream),))
         try:
             if self.url.scheme == "grpc+unix":
-                self._name = _bind_unix(server, self.url)
+                self._name = bind_unix(server, self.url)
             else:
                 place = str(self.url.host)
                 port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
                 self.url = self.url.with_port(port)
             await server.start()
-            _given_up.pop(str(self.url.host) if self.url.hosts else "", None)
+            if self.url.hosts:
+                is_had(self.url)
             background(self._serve())
         except BaseException as error:
             if self._name is not None:
@@ -327,22 +240,6 @@ class GrpcListener:
                 raise errors.AddressInUse("gRPC cannot bind there", url=self.url, operation="listen") from error
             raise
 
-    async def _find_free(self) -> None:
-        """Bind there ourselves first. gRPC would only say that it could not, and would litter stderr."""
-        until = _given_up.get(str(self.url.host), 0.0) + 2
-        while True:
-            why = _why_not(self.url)
-            if why is None:
-                return
-            # gRPC closes a port in threads of its own: one that we gave up just now may be taken for a moment.
-            if (
-                not isinstance(why, errors.AddressInUse)
-                or str(self.url.host) not in _given_up
-                or time.monotonic() > until
-            ):
-                raise why
-            await asyncio.sleep(0.01)
-
     async def _stream(self, requests: object, context: Any) -> None:
         """One peer, as gRPC's handler: returning is the goodbye."""
         import grpc
@@ -351,7 +248,7 @@ class GrpcListener:
 
         if self._closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "nobody listens here any more")
-        link = GrpcLink(self._home, self.url, _path(self.url), self._options, _peer(context.peer()), context)
+        link = GrpcLink(self._home, self.url, path_of(self.url), self._options, peer_of(context.peer()), context)
         link.peer_takes(context.invocation_metadata() or ())
         await context.send_initial_metadata(((LIMIT, str(self._options.limit)),))
         self._arrivals.append(link)
@@ -382,7 +279,7 @@ class GrpcListener:
         if self._name is not None:
             self._name.release()
         elif self.url.hosts:
-            _given_up[str(self.url.host)] = time.monotonic()
+            give_up(self.url)
         self._home.do(self._stop)
 
     def _stop(self) -> None:
@@ -405,11 +302,7 @@ class GrpcListener:
     def abandon(self) -> None:
         from ._grpc_home import park
 
-        park(self.url, _path(self.url))
-
-
-#: When we gave up a port that we have not had again since.
-_given_up: dict[str, float] = {}
+        park(self.url, path_of(self.url))
 
 
 def _handler(stream: Any) -> Any:
@@ -420,56 +313,6 @@ def _handler(stream: Any) -> Any:
             return grpc.stream_stream_rpc_method_handler(stream) if details.method == METHOD else None
 
     return Handler()
-
-
-def _bind_unix(server: Any, url: Url) -> Name:
-    """Take the name; then bind beside it and move the socket there.
-
-    gRPC unlinks what stands at the path when it binds, alive or not, and once more when it stops, whoever has it by then; and
-    makes the file with whatever mode the umask leaves. At a name that nobody knows it may.
-    """
-    path = path_for(url, ".grpc")
-    name = _unixsock.take(url, path)
-    try:
-        _unixsock._clear(url, path, socket.SOCK_STREAM)
-        for left in path.parent.glob(f"{path.name}.*.new"):  # by one who was killed in the midst of this
-            left.unlink(missing_ok=True)
-        beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
-        with _unixsock._address(url, beside) as short:
-            server.add_insecure_port(f"unix:{short}")
-        os.chmod(beside, 0o600)
-        os.rename(beside, path)
-        name.bound()
-    except BaseException as error:
-        name.release()
-        if isinstance(error, RuntimeError):
-            raise errors.BadUrl("gRPC cannot bind there", url=url, operation="listen") from error
-        if isinstance(error, OSError) and not isinstance(error, errors.IpcError):
-            raise map_oserror(error, url, "listen") from error
-        raise
-    return name
-
-
-def _why_not(url: Url) -> errors.IpcError | None:
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(url.host.name, url.host.port, 0, socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, number) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            sock.listen(1)
-    except socket.gaierror as error:
-        return errors.BadUrl(f"the host is not known: {error.strerror}", url=url, operation="listen")
-    except OSError as error:
-        why = map_oserror(error, url, "listen")
-        why.__cause__ = error
-        return why
-    return None
-
-
-def _peer(said: str) -> Peer:
-    """From gRPC's `ipv4:127.0.0.1:5000`, `ipv6:%5B::1%5D:5000`, `unix:`."""
-    kind, _, address = said.partition(":")
-    return Peer(address=address.replace("%5B", "[").replace("%5D", "]") if kind in ("ipv4", "ipv6") else None)
 
 
 TRANSPORT = Grpc()
