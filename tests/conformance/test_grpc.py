@@ -1,7 +1,7 @@
 import pytest
 import trustme
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, free_port
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract, free_port
 
 pytest.importorskip("grpc")
 
@@ -85,3 +85,28 @@ class TestGrpcTlsTopics(PubSubContract):
     @pytest.fixture
     def url(self, certificates) -> str:
         return f"grpcs://127.0.0.1:{free_port()}?ca={certificates}/ca.pem&cert={certificates}/both.pem"
+
+
+class TestGrpcCalls(RpcContract):
+    schemes = ("grpc",)
+
+    @pytest.fixture
+    def url(self) -> str:
+        return f"grpc://127.0.0.1:{free_port()}"
+
+
+class TestGrpcUnixCalls(RpcContract):
+    schemes = ("grpc+unix",)
+
+    @pytest.fixture
+    def url(self) -> str:
+        return "grpc+unix://calls"
+
+
+class TestGrpcTlsCalls(RpcContract):
+    schemes = ("grpcs",)
+
+    @pytest.fixture
+    def url(self, certificates) -> str:
+        both = f"cert={certificates}/both.pem"
+        return f"grpcs://127.0.0.1:{free_port()}?ca={certificates}/ca.pem&{both}&client_ca={certificates}/ca.pem"

@@ -98,5 +98,15 @@ def native_class(where: object, name: str) -> Any:
     """The class `name` of the module that has calls of its own for this address; None: calls go over links."""
     if not isinstance(where, str | Url):
         return None
-    calls = _registry.find(parse(where)).calls
-    return None if calls is None else getattr(importlib.import_module(calls), name, None)
+    url = parse(where)
+    transport = _registry.find(url)
+    if transport.calls is None:
+        return None
+    try:
+        return getattr(importlib.import_module(transport.calls), name, None)
+    except ModuleNotFoundError as error:
+        raise errors.MissingDependency(
+            f"calls over {url.scheme}:// need the module {error.name!r}, which is not installed",
+            url=url,
+            hint=f'from the checkout: pip install ".[{transport.extra}]"' if transport.extra else None,
+        ) from error

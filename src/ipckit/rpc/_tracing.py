@@ -41,10 +41,15 @@ def outgoing() -> dict[str, str]:
 def surroundings(call: CallContext) -> contextvars.Context:
     """Where the handler of this call runs: `current()` is the call, the current span its caller's."""
     made = contextvars.copy_context()
-    made.run(_current.set, call)
-    if _OPEN_TELEMETRY in sys.modules and "traceparent" in call.metadata:
-        made.run(_attach, call.metadata)
+    made.run(enter, call)
     return made
+
+
+def enter(call: CallContext) -> None:
+    """The same for the context that this runs in, which is to be the call's own."""
+    _current.set(call)
+    if _OPEN_TELEMETRY in sys.modules and "traceparent" in call.metadata:
+        _attach(call.metadata)
 
 
 def _attach(metadata: Mapping[str, str]) -> None:

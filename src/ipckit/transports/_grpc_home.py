@@ -35,6 +35,7 @@ _AT_EXIT = 60.0  # seconds at most, whatever `linger` says
 
 _lock = threading.Lock()
 _home: IoThread | None = None
+_used = False  # gRPC's own threads run in this process
 _lost = False  # it was there before a fork: its thread, and gRPC's own, are not here
 
 #: Links that are closed and still have something to say. Touched on the loop only, but for the fork.
@@ -102,6 +103,16 @@ class IoThread:
 
 def grpc_home(url: object, operation: str) -> IoThread:
     global _home
+    use(url, operation)
+    with _lock:
+        if _home is None:
+            _home = IoThread()
+        return _home
+
+
+def use(url: object, operation: str) -> None:
+    """GRPC is about to be used here. Raises ForkedError."""
+    global _used
     if _lost:
         raise errors.ForkedError(
             "gRPC was used before this process was forked, and its threads are not here",
@@ -109,10 +120,7 @@ def grpc_home(url: object, operation: str) -> IoThread:
             operation=operation,
             hint="fork first, or start the process by multiprocessing's 'spawn' or 'forkserver'",
         )
-    with _lock:
-        if _home is None:
-            _home = IoThread()
-        return _home
+    _used = True
 
 
 def park(url: Url, path: Path | None) -> None:
@@ -153,11 +161,10 @@ def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 def _forked() -> None:
     global _lock, _home, _lost
-    home, _home, _lock = _home, None, threading.Lock()
+    _home, _lock = None, threading.Lock()
     leaving.clear()
     _tasks.clear()
-    if home is not None:
-        _lost = True
+    _lost = _lost or _used
 
 
 def _exit() -> None:

@@ -28,6 +28,8 @@ from ._runtime import path_for
 if TYPE_CHECKING:
     from ._unixsock import Name
 
+#: Bytes of a stream that may come before they are read. Of itself gRPC would let a fast sender grow it to 4 MiB.
+WINDOW = 1 << 19
 #: What a message needs besides what we count of it, on the wire.
 OVERHEAD = 16
 

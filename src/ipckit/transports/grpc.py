@@ -67,7 +67,7 @@ class Options(PlaceOptions):
 
 class Grpc(Transport[Options]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel", "queue", "pubsub"}),
+        patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         handed_over=False,
         headers=True,
         redelivery=True,
@@ -79,6 +79,7 @@ class Grpc(Transport[Options]):
     options: ClassVar[type[Any]] = Options
     requires = ("grpc",)
     extra = "grpc"
+    calls = "ipckit.rpc.grpc"
 
     def capabilities_of(self, url: Url) -> Capabilities:
         if url.scheme == "grpcs":

@@ -1,0 +1,405 @@
+"""The side that runs handlers, for a server whose transport has calls of its own (gRPC, NATS micro).
+
+Such a transport brings bytes to their procedure by itself; what it needs of us is the table of services, and a `Handling` for
+each call: limits, `current()`, interceptors, cancellation, what is counted and logged, and what becomes of an exception.
+
+    handling = site.begin(exposed, metadata, deadline, peer)    # raises TargetBusy, ShuttingDown
+    try:
+        value = handling.run(lambda: decode(body))              # on this thread; `stream` for a stream of results
+    except BaseException as error:
+        failure = handling.fail(error)                          # to tell the caller
+    finally:
+        handling.close()
+
+A coroutine of a server of threads runs on the server's own loop; a function of a server on a loop runs on a thread of the crew,
+unless it is marked inline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
+
+import msgspec
+
+from .. import errors
+from .._spi import Peer
+from .._url import Url
+from . import events, failures
+from ._bridges import FromLoop, FromThread, OnLoop
+from ._crew import Crew
+from ._exposed import BUILT_IN, Exposed, Services
+from ._limits import COUNTS, ServerOptions
+from ._tracing import enter, surroundings
+from .context import CallContext, overdue
+
+_log = logging.getLogger("ipckit")
+#: Pushes that may wait for a subscriber that does not read; what comes then is dropped, and counted.
+_BACKLOG = 1000
+#: What a client asks to be connected at all. Interceptors are asked about everything else.
+_GREETING = (BUILT_IN, "targets")
+
+Arguments = Callable[[], tuple[Any, ...]]
+
+
+class Site:
+    """What is served: services, limits, counts, subscribers. It is an Endpoint's resource; the transport's `server` is in it."""
+
+    def __init__(self, url: Url, options: ServerOptions, interceptors: Sequence[Callable[..., Any]]) -> None:
+        self.url = url
+        self.options = options
+        self.interceptors = tuple(interceptors)
+        self.crew = Crew(options.workers, f"ipckit-{url.scheme}-server")
+        self.services = Services()
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+        self.native: Any = None
+        self.on_close: Callable[[], None] = lambda: None
+        self.on_abandon: Callable[[], None] = lambda: None
+        self.stopping = False
+        self.idle = threading.Event()  # while it is stopping: nothing is under way any more
+        self.on_idle: Callable[[], object] = self.idle.set
+        self._mutex = threading.Lock()
+        self._under_way: set[Handling] = set()
+        self._subscribers: set[Subscriber] = set()
+
+    def close(self) -> None:
+        self.stopping = True
+        self.abort()
+        self._dismiss()
+        self.on_close()
+
+    def abandon(self) -> None:
+        """In a forked child."""
+        self.on_abandon()
+
+    # -- services ------------------------------------------------------------------------------------------------------
+
+    def find(self, target: str, method: str) -> Exposed:
+        """Raises UnknownTarget, UnknownMethod. `method` may be a message type."""
+        found = self.services.find(target, method)
+        if found is None:
+            if target not in self.services.contracts:
+                raise errors.UnknownTarget(f"nothing is exposed as {target!r}", url=self.url)
+            raise errors.UnknownMethod(f"{target!r} has no method {method!r}", url=self.url)
+        return found
+
+    def fingerprints(self) -> dict[str, str]:
+        return self.services.fingerprints()
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def begin(
+        self, exposed: Exposed, metadata: Mapping[str, str], deadline: float | None = None, peer: Peer | None = None
+    ) -> Handling:
+        """One more call. `deadline` is on the clock of `time.monotonic`. Raises TargetBusy, ShuttingDown."""
+        handling = Handling(self, exposed, metadata, deadline, peer or Peer())
+        if exposed.target == BUILT_IN:  # a question, or a subscription: it holds nothing up
+            return handling
+        with self._mutex:
+            if self.stopping:
+                raise errors.ShuttingDown("the server is shutting down", url=self.url)
+            if len(self._under_way) >= self.options.max_concurrent:
+                raise errors.TargetBusy(f"{len(self._under_way)} calls are under way", url=self.url)
+            self._under_way.add(handling)
+        return handling
+
+    def ended(self, handling: Handling) -> None:
+        with self._mutex:
+            if handling not in self._under_way:
+                return
+            self._under_way.discard(handling)
+            self.counts["calls"] += 1
+            last = self.stopping and not self._under_way
+        if last:
+            self.on_idle()
+
+    def failed(self, context: CallContext, error: BaseException) -> None:
+        """A handler raised: the caller is told the type and the text; here it is logged whole."""
+        self.counts["errors"] += 1
+        _log.warning("%s: %s.%s raised", self.url, context.target, context.method, exc_info=error)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._under_way)
+
+    def stats(self) -> Mapping[str, int]:
+        """Without what only the transport could count."""
+        counts = {name: self.counts[name] for name in ("calls", "errors", "pushes", "pushes_dropped")}
+        return {**counts, "in_flight": self.in_flight, "subscribers": len(self._subscribers)}
+
+    # -- subscribers ---------------------------------------------------------------------------------------------------
+
+    def subscribe(self, types: Sequence[str], wake: Callable[[], None]) -> Subscriber:
+        """`wake` is called, on any thread, when there is a push, and when the server shuts down."""
+        made = Subscriber(frozenset(types), wake)
+        with self._mutex:
+            self._subscribers.add(made)
+        return made
+
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        with self._mutex:
+            self._subscribers.discard(subscriber)
+
+    def broadcast(self, type: str, value: Any) -> int:
+        """To how many it went."""
+        push = events.Push(type, msgspec.msgpack.encode(value))
+        with self._mutex:
+            audience = [each for each in self._subscribers if type in each.types]
+        reached = sum(each.offer(push) for each in audience)
+        self.counts["pushes"] += reached
+        self.counts["pushes_dropped"] += len(audience) - reached
+        return reached
+
+    # -- ends ----------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> int:
+        """Take no new calls. Returns how many are under way."""
+        self._dismiss()
+        with self._mutex:
+            self.stopping = True
+            left = len(self._under_way)
+        if not left:
+            self.on_idle()
+        return left
+
+    def _dismiss(self) -> None:
+        with self._mutex:
+            subscribers, self._subscribers = self._subscribers, set()
+        for each in subscribers:
+            each.over = True
+            each.wake()
+
+    def abort(self) -> int:
+        """Cut off what is still under way. Returns how many."""
+        with self._mutex:
+            left = tuple(self._under_way)
+        for each in left:
+            each.cancel("shutdown")
+        return len(left)
+
+
+class Subscriber:
+    """Pushes on their way to one subscription. `over`: there will be no more."""
+
+    def __init__(self, types: frozenset[str], wake: Callable[[], None]) -> None:
+        self.types, self.wake = types, wake
+        self.over = False
+        self.pushes: deque[events.Push] = deque()
+
+    def offer(self, push: events.Push) -> bool:
+        if len(self.pushes) >= _BACKLOG:
+            return False
+        self.pushes.append(push)
+        self.wake()
+        return True
+
+
+class Handling:
+    """One call and its handler."""
+
+    __slots__ = ("_reading", "_task", "_why", "context", "exposed", "probe", "site")
+
+    def __init__(
+        self, site: Site, exposed: Exposed, metadata: Mapping[str, str], deadline: float | None, peer: Peer
+    ) -> None:
+        self.site, self.exposed = site, exposed
+        self._why: str | None = None
+        self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        self._reading: FromThread | None = None
+        #: Says why the call is over, for a transport that is to be asked.
+        self.probe: Callable[[], str | None] | None = None
+        self.context = CallContext(exposed.target, exposed.method.name, metadata, deadline, peer, self._cancelled)
+
+    def _cancelled(self) -> str | None:
+        if self._why is None and self.probe is not None:
+            self._why = self.probe()
+        return self._why
+
+    def cancel(self, why: str) -> None:
+        """Nobody waits for it any more. From any thread: the handler finds out, and its task is cancelled."""
+        if self._why is None:
+            self._why = why
+        if self._task is not None:
+            loop, task = self._task
+            with suppress(RuntimeError):  # the loop is closed, and with it the task
+                loop.call_soon_threadsafe(task.cancel)
+
+    def fail(self, error: BaseException) -> events.Failure:
+        """What to tell the caller. What is not of ipckit's own is logged."""
+        if isinstance(error, asyncio.CancelledError | concurrent.futures.CancelledError):
+            error = errors.Cancelled("the handler was cancelled")
+        if self._why == "shutdown":
+            error = errors.ShuttingDown("the server shut down before the call was done")
+        failure = failures.failure_of(0, error, self.site.options.tracebacks)
+        if failure.code == "REMOTE_ERROR":
+            self.site.failed(self.context, error)
+        return failure
+
+    def close(self) -> None:
+        """The call is over. Once."""
+        if self._reading is not None:
+            self._reading.close()
+        self.site.ended(self)
+
+    def _invoke(self, arguments: Arguments, inputs: Any) -> Any:
+        exposed = self.exposed
+        args = arguments()
+        if not self.site.interceptors or (exposed.target, exposed.method.name) == _GREETING:
+            return exposed.method.invoke(exposed.function, args, inputs)
+        proceed: Callable[[], Any] = lambda: exposed.method.invoke(exposed.function, args, inputs)  # noqa: E731
+        for interceptor in reversed(self.site.interceptors):
+            proceed = _intercept(interceptor, self.context, proceed)
+        return proceed()
+
+    # -- for a transport that has threads ------------------------------------------------------------------------------
+
+    def run(self, arguments: Arguments, inputs: Iterator[Any] | None = None) -> Any:
+        """The result, on this thread or, of a coroutine, from the server's loop. `inputs`: items that the caller streams."""
+        if self.exposed.method.coroutine:
+            loop = self._own_loop()
+            return self._on(loop, self._coroutine(arguments, self._inputs(inputs)))
+        return self._in_time(surroundings(self.context).run(self._invoke, arguments, inputs))
+
+    def _in_time(self, value: Any) -> Any:
+        """A result that comes after the deadline is none, though the caller may not have noticed yet."""
+        if self.context.deadline is not None and self.context.remaining == 0.0:
+            raise overdue()
+        return value
+
+    def stream(self, arguments: Arguments, inputs: Iterator[Any] | None = None) -> Iterator[Any]:
+        """The results. Closing it closes the handler's generator."""
+        if self.exposed.method.coroutine:
+            results = FromLoop(self._own_loop(), self._asynchronous(arguments, self._inputs(inputs)), self._started)
+            try:
+                yield from results
+            finally:
+                results.close()
+            return
+        context = surroundings(self.context)
+        results = iter(context.run(self._invoke, arguments, inputs))
+        try:
+            while True:
+                try:
+                    value = context.run(next, results)
+                except StopIteration:
+                    return
+                yield value
+        finally:
+            close = getattr(results, "close", None)
+            if close is not None:
+                context.run(close)
+
+    def _inputs(self, inputs: Iterator[Any] | None) -> AsyncIterator[Any] | None:
+        if inputs is None:
+            return None
+        self._reading = FromThread(inputs, self.site.crew.submit)
+        return self._reading
+
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
+        assert self.site.loop is not None
+        return self.site.loop()
+
+    def _on(self, loop: asyncio.AbstractEventLoop, coroutine: Any) -> Any:
+        async def followed() -> Any:
+            self._started(loop)
+            return await coroutine
+
+        future = asyncio.run_coroutine_threadsafe(followed(), loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _started(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In the task that may be cancelled."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = loop, task
+        if self._why is not None:
+            task.cancel()
+
+    # -- for a transport on a loop -------------------------------------------------------------------------------------
+
+    async def arun(self, arguments: Arguments, inputs: AsyncIterator[Any] | None = None) -> Any:
+        """The result. The caller's task is the handler's: cancelling it is `cancel`."""
+        method = self.exposed.method
+        if method.coroutine:
+            return await self._coroutine(arguments, inputs)
+        if method.options.inline and inputs is None:
+            return self.run(arguments)
+        loop = asyncio.get_running_loop()
+        return await self._on_crew(lambda: self.run(arguments, None if inputs is None else OnLoop(inputs, loop)))
+
+    async def astream(self, arguments: Arguments, inputs: AsyncIterator[Any] | None = None) -> AsyncIterator[Any]:
+        """The results. Closing it closes the handler's generator."""
+        if self.exposed.method.coroutine:
+            results: Any = self._asynchronous(arguments, inputs)
+        else:
+            loop = asyncio.get_running_loop()
+            results = FromThread(
+                self.stream(arguments, None if inputs is None else OnLoop(inputs, loop)), self.site.crew.submit
+            )
+        async with aclosing(results):
+            async for value in results:
+                yield value
+
+    async def _coroutine(self, arguments: Arguments, inputs: AsyncIterator[Any] | None) -> Any:
+        enter(self.context)
+        return self._in_time(await self._invoke(arguments, inputs))
+
+    async def _asynchronous(self, arguments: Arguments, inputs: AsyncIterator[Any] | None) -> AsyncIterator[Any]:
+        enter(self.context)
+        results = self._invoke(arguments, inputs)
+        try:
+            async for value in results:
+                yield value
+        finally:
+            if hasattr(results, "aclose"):
+                await results.aclose()
+
+    async def _on_crew(self, work: Callable[[], Any]) -> Any:
+        """Nobody waits for a function whose caller is gone; it goes on by itself, and `current().cancelled` tells it."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def settle(result: Any, error: BaseException | None) -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+        def job() -> None:
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = work()
+            except StopIteration as stop:  # a future cannot carry it
+                error = RuntimeError(f"the handler raised {stop!r}")
+            except BaseException as raised:
+                error = raised
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, result, error)
+
+        self.site.crew.submit(job)
+        try:
+            return await done
+        except asyncio.CancelledError:
+            self.cancel("cancelled")
+            raise
+
+
+def _intercept(interceptor: Callable[..., Any], context: CallContext, proceed: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: interceptor(context, proceed)
+
+
+__all__ = ["BUILT_IN", "Handling", "Site", "Subscriber"]

@@ -1,0 +1,97 @@
+"""What the two servers share: the port or name, what gRPC's core is told, and a call's headers and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+
+from ... import errors
+from ..._spi import Steps, Wait
+from ..._url import Url
+from ...transports import _grpc_home, _grpc_place
+from ...transports._grpc_place import PlaceOptions
+from .._limits import ServerOptions
+from .._site import BUILT_IN
+
+
+class Door:
+    """Where a server is reached."""
+
+    def __init__(self, url: Url, options: PlaceOptions) -> None:
+        _grpc_place.check(url)
+        _grpc_home.use(url, "serve")
+        self.url, self.options = url, options
+        self._credentials = _grpc_place.server_credentials(url, options)
+        self._name: Any = None
+
+    def taking(self) -> Steps[None]:
+        """Until the port is free that gRPC is still closing. Raises AddressInUse."""
+        if self.url.scheme != "grpc+unix":
+            while _grpc_place.still_closing(self.url):
+                yield Wait((), 0.01)
+
+    def bind(self, server: Any) -> Url:
+        """Take it for this server. Returns the URL, with the port that the system chose."""
+        if self.url.scheme == "grpc+unix":
+            self._name = _grpc_place.bind_unix(server, self.url)
+            return self.url
+        place = str(self.url.host)
+        try:
+            if self._credentials is not None:
+                port = server.add_secure_port(place, self._credentials)
+            else:
+                port = server.add_insecure_port(place)
+        except RuntimeError as error:
+            raise errors.AddressInUse("gRPC cannot bind there", url=self.url, operation="serve") from error
+        _grpc_place.is_had(self.url)
+        self.url = self.url.with_port(port)
+        return self.url
+
+    def close(self) -> None:
+        if self._name is not None:
+            self._name.release()
+        else:
+            _grpc_place.give_up(self.url)
+
+    def abandon(self) -> None:
+        """In a forked child."""
+        _grpc_home.park(self.url, _grpc_place.path_of(self.url))
+
+    def check_name(self, name: str) -> None:
+        if not name or "." in name or name == BUILT_IN:
+            raise errors.BadOption(f"{name!r} is no name for a target", url=self.url, operation="expose")
+
+
+def settings_of_server(options: PlaceOptions, serving: ServerOptions) -> list[tuple[str, Any]]:
+    return [
+        *_grpc_place.settings_of(options),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _grpc_place.WINDOW),
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", serving.max_per_connection),
+        ("grpc.max_allowed_incoming_connections", serving.max_connections),
+    ]
+
+
+def metadata_of(pairs: Any) -> dict[str, str]:
+    """What the caller sent along, without what gRPC itself sends."""
+    return {
+        key: value
+        for key, value in pairs or ()
+        if isinstance(value, str) and key != "user-agent" and not key.startswith("grpc-")
+    }
+
+
+def parsed(kind: type[Message]) -> Callable[[bytes], Message]:
+    """Bytes to a message of this class. Raises CodecError."""
+    parse = kind.FromString
+
+    def read(body: bytes) -> Message:
+        try:
+            return parse(body)
+        except DecodeError as error:
+            raise errors.CodecError(f"this is no {kind.DESCRIPTOR.full_name}: {error}") from error
+
+    return read
