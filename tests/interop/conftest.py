@@ -82,6 +82,11 @@ def node() -> str:
 
 
 @pytest.fixture(scope="session")
+def npm() -> str:
+    return tool("npm")
+
+
+@pytest.fixture(scope="session")
 def compiler() -> str:
     return tool("gcc")
 
