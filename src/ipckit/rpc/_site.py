@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -36,7 +38,7 @@ from ._bridges import FromLoop, FromThread, OnLoop
 from ._crew import Crew
 from ._exposed import BUILT_IN, Exposed, Services
 from ._limits import COUNTS, ServerOptions
-from ._tracing import enter, surroundings
+from ._tracing import enter
 from .context import CallContext, overdue
 
 _log = logging.getLogger("ipckit")
@@ -96,10 +98,18 @@ class Site:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def begin(
-        self, exposed: Exposed, metadata: Mapping[str, str], deadline: float | None = None, peer: Peer | None = None
+        self,
+        exposed: Exposed,
+        metadata: Mapping[str, str],
+        deadline: float | None,
+        peer: Peer,
+        gone: Callable[[], bool] | None = None,
     ) -> Handling:
-        """One more call. `deadline` is on the clock of `time.monotonic`. Raises TargetBusy, ShuttingDown."""
-        handling = Handling(self, exposed, metadata, deadline, peer or Peer())
+        """One more call. `deadline` is on the clock of `time.monotonic`; `gone` answers whether anybody waits for it.
+
+        Raises TargetBusy, ShuttingDown.
+        """
+        handling = Handling(self, exposed, metadata, deadline, peer, gone)
         if exposed.target == BUILT_IN:  # a question, or a subscription: it holds nothing up
             return handling
         with self._mutex:
@@ -201,31 +211,52 @@ class Subscriber:
         return True
 
 
+class _Fate:
+    """Why a call is over before its handler is: None, or "cancelled", "deadline", "shutdown".
+
+    An object of its own, so that a call is no cycle: a garbage collection every few hundred calls costs more than all else here.
+    """
+
+    __slots__ = ("_deadline", "gone", "why")
+
+    def __init__(self, deadline: float | None, gone: Callable[[], bool] | None) -> None:
+        self.why: str | None = None
+        self._deadline, self.gone = deadline, gone
+
+    def __call__(self) -> str | None:
+        if self.why is None and self.gone is not None and self.gone():
+            self.decide("cancelled")
+        return self.why
+
+    def decide(self, why: str) -> None:
+        if self.why is None:
+            late = why == "cancelled" and self._deadline is not None and time.monotonic() >= self._deadline
+            self.why = "deadline" if late else why
+
+
 class Handling:
     """One call and its handler."""
 
-    __slots__ = ("_reading", "_task", "_why", "context", "exposed", "probe", "site")
+    __slots__ = ("_fate", "_reading", "_task", "context", "exposed", "site")
 
     def __init__(
-        self, site: Site, exposed: Exposed, metadata: Mapping[str, str], deadline: float | None, peer: Peer
+        self,
+        site: Site,
+        exposed: Exposed,
+        metadata: Mapping[str, str],
+        deadline: float | None,
+        peer: Peer,
+        gone: Callable[[], bool] | None,
     ) -> None:
         self.site, self.exposed = site, exposed
-        self._why: str | None = None
+        self._fate = _Fate(deadline, gone)
         self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
         self._reading: FromThread | None = None
-        #: Says why the call is over, for a transport that is to be asked.
-        self.probe: Callable[[], str | None] | None = None
-        self.context = CallContext(exposed.target, exposed.method.name, metadata, deadline, peer, self._cancelled)
-
-    def _cancelled(self) -> str | None:
-        if self._why is None and self.probe is not None:
-            self._why = self.probe()
-        return self._why
+        self.context = CallContext(exposed.target, exposed.method.name, metadata, deadline, peer, self._fate)
 
     def cancel(self, why: str) -> None:
         """Nobody waits for it any more. From any thread: the handler finds out, and its task is cancelled."""
-        if self._why is None:
-            self._why = why
+        self._fate.decide(why)
         if self._task is not None:
             loop, task = self._task
             with suppress(RuntimeError):  # the loop is closed, and with it the task
@@ -235,7 +266,7 @@ class Handling:
         """What to tell the caller. What is not of ipckit's own is logged."""
         if isinstance(error, asyncio.CancelledError | concurrent.futures.CancelledError):
             error = errors.Cancelled("the handler was cancelled")
-        if self._why == "shutdown":
+        if self._fate.why == "shutdown":
             error = errors.ShuttingDown("the server shut down before the call was done")
         failure = failures.failure_of(0, error, self.site.options.tracebacks)
         if failure.code == "REMOTE_ERROR":
@@ -244,6 +275,7 @@ class Handling:
 
     def close(self) -> None:
         """The call is over. Once."""
+        self._fate.gone = None  # it leads to the transport's call, which leads to the context that we are in
         if self._reading is not None:
             self._reading.close()
         self.site.ended(self)
@@ -258,14 +290,15 @@ class Handling:
             proceed = _intercept(interceptor, self.context, proceed)
         return proceed()
 
-    # -- for a transport that has threads ------------------------------------------------------------------------------
+    # -- for a transport that has threads; it calls in a `contextvars` context of the call's own -------------------------
 
     def run(self, arguments: Arguments, inputs: Iterator[Any] | None = None) -> Any:
         """The result, on this thread or, of a coroutine, from the server's loop. `inputs`: items that the caller streams."""
         if self.exposed.method.coroutine:
             loop = self._own_loop()
             return self._on(loop, self._coroutine(arguments, self._inputs(inputs)))
-        return self._in_time(surroundings(self.context).run(self._invoke, arguments, inputs))
+        enter(self.context)
+        return self._in_time(self._invoke(arguments, inputs))
 
     def _in_time(self, value: Any) -> Any:
         """A result that comes after the deadline is none, though the caller may not have noticed yet."""
@@ -282,19 +315,14 @@ class Handling:
             finally:
                 results.close()
             return
-        context = surroundings(self.context)
-        results = iter(context.run(self._invoke, arguments, inputs))
+        enter(self.context)
+        results = iter(self._invoke(arguments, inputs))
         try:
-            while True:
-                try:
-                    value = context.run(next, results)
-                except StopIteration:
-                    return
-                yield value
+            yield from results
         finally:
             close = getattr(results, "close", None)
             if close is not None:
-                context.run(close)
+                close()
 
     def _inputs(self, inputs: Iterator[Any] | None) -> AsyncIterator[Any] | None:
         if inputs is None:
@@ -323,7 +351,7 @@ class Handling:
         task = asyncio.current_task()
         assert task is not None
         self._task = loop, task
-        if self._why is not None:
+        if self._fate.why is not None:
             task.cancel()
 
     # -- for a transport on a loop -------------------------------------------------------------------------------------
@@ -365,6 +393,10 @@ class Handling:
             if hasattr(results, "aclose"):
                 await results.aclose()
 
+    def _on_thread(self, work: Callable[[], None]) -> None:
+        context = contextvars.copy_context()
+        self.site.crew.submit(lambda: context.run(work))
+
     async def _on_crew(self, work: Callable[[], Any]) -> Any:
         """Nobody waits for a function whose caller is gone; it goes on by itself, and `current().cancelled` tells it."""
         loop = asyncio.get_running_loop()
@@ -390,7 +422,7 @@ class Handling:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(settle, result, error)
 
-        self.site.crew.submit(job)
+        self._on_thread(job)
         try:
             return await done
         except asyncio.CancelledError:

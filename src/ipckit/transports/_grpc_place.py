@@ -7,6 +7,7 @@ an error and a dead one is replaced, and who a peer is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import socket
@@ -202,6 +203,7 @@ def _why_not(url: Url) -> errors.IpcError | None:
     return None
 
 
+@functools.lru_cache(maxsize=1024)
 def peer_of(said: str) -> Peer:
     """From gRPC's `ipv4:127.0.0.1:5000`, `ipv6:%5B::1%5D:5000`, `unix:`."""
     kind, _, address = said.partition(":")

@@ -26,7 +26,6 @@ from .. import server as _threads
 from .._exposed import Exposed
 from .._limits import ServerOptions, ShutdownReport
 from .._site import Handling, Site
-from ..context import CallContext
 from ..contract import target_name
 from ..events import Failure
 from ..failures import failure_of
@@ -34,6 +33,7 @@ from ..protobuf import MethodSchema
 from ..server import ServerInterceptor
 from ._door import Door, metadata_of, parsed, settings_of_server
 from ._hall import Hall
+from ._pool import Pool
 from ._status import Status
 
 _SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -62,7 +62,7 @@ class Server(_threads.Server):
         serving = ServerOptions(workers, max_connections, max_concurrent, max_per_connection, tracebacks)
         door = Door(opening.url, _options.read(PlaceOptions, opening.url))
         opening.run(door.taking(), timeout)
-        self._pool = ThreadPoolExecutor(workers, f"ipckit-{opening.url.scheme}-server")
+        self._pool = Pool(workers, f"ipckit-{opening.url.scheme}-server")
         self._streams = ThreadPoolExecutor(_STREAMS, f"ipckit-{opening.url.scheme}-stream")
         server = grpc.server(self._pool, options=settings_of_server(door.options, serving))
         self._engine = site = Site(door.bind(server), serving, interceptors)  # type: ignore[assignment]
@@ -134,7 +134,7 @@ class Server(_threads.Server):
         """Once."""
         self._server.stop(None).wait(5)
         self._door.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
         self._streams.shutdown(wait=False, cancel_futures=True)
         self._site.crew.close(0.1)
 
@@ -220,13 +220,16 @@ class _Procedure:
         deadline = None if remaining is None else time.monotonic() + remaining
         try:
             handling = self._site.begin(
-                self._exposed, metadata_of(context.invocation_metadata()), deadline, peer_of(context.peer())
+                self._exposed,
+                metadata_of(context.invocation_metadata()),
+                deadline,
+                peer_of(context.peer()),
+                lambda: not context.is_active(),
             )
         except errors.RpcError as error:
             _abort(context, failure_of(0, error, False))
-        handling.probe = lambda: None if context.is_active() else _why(handling.context)
         if self._exposed.method.coroutine:
-            context.add_callback(lambda: handling.cancel(_why(handling.context)))
+            context.add_callback(lambda: handling.cancel("cancelled"))
         return handling
 
     def _first(self, requests: Iterator[bytes]) -> Any:
@@ -248,10 +251,6 @@ class _Procedure:
         except grpc.RpcError as error:
             handling.context.check()
             raise errors.Cancelled("the caller is gone") from error
-
-
-def _why(context: CallContext) -> str:
-    return "deadline" if context.remaining == 0.0 else "cancelled"
 
 
 def _abort(context: Any, failure: Failure) -> NoReturn:
