@@ -3,7 +3,7 @@
 Such a transport brings bytes to their procedure by itself; what it needs of us is the table of services, and a `Handling` for
 each call: limits, `current()`, interceptors, cancellation, what is counted and logged, and what becomes of an exception.
 
-    handling = site.begin(exposed, metadata, deadline, peer)    # raises TargetBusy, ShuttingDown
+    handling = site.begin(exposed, arrival)                     # raises TargetBusy, ShuttingDown
     try:
         value = handling.run(lambda: decode(body))              # on this thread; `stream` for a stream of results
     except BaseException as error:
@@ -22,11 +22,10 @@ import concurrent.futures
 import contextvars
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -97,19 +96,9 @@ class Site:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def begin(
-        self,
-        exposed: Exposed,
-        metadata: Mapping[str, str],
-        deadline: float | None,
-        peer: Peer,
-        gone: Callable[[], bool] | None = None,
-    ) -> Handling:
-        """One more call. `deadline` is on the clock of `time.monotonic`; `gone` answers whether anybody waits for it.
-
-        Raises TargetBusy, ShuttingDown.
-        """
-        handling = Handling(self, exposed, metadata, deadline, peer, gone)
+    def begin(self, exposed: Exposed, arrival: Arrival) -> Handling:
+        """One more call. Raises TargetBusy, ShuttingDown."""
+        handling = Handling(self, exposed, arrival)
         if exposed.target == BUILT_IN:  # a question, or a subscription: it holds nothing up
             return handling
         with self._mutex:
@@ -211,52 +200,84 @@ class Subscriber:
         return True
 
 
-class _Fate:
-    """Why a call is over before its handler is: None, or "cancelled", "deadline", "shutdown".
+class Arrival(Protocol):
+    """A call as the transport has it."""
 
-    An object of its own, so that a call is no cycle: a garbage collection every few hundred calls costs more than all else here.
-    """
+    def metadata(self) -> Mapping[str, str]: ...
+    def deadline(self) -> float | None:
+        """On the clock of `time.monotonic`."""
 
-    __slots__ = ("_deadline", "gone", "why")
+    def peer(self) -> Peer: ...
+    def gone(self) -> bool:
+        """Nobody waits for it any more."""
 
-    def __init__(self, deadline: float | None, gone: Callable[[], bool] | None) -> None:
-        self.why: str | None = None
-        self._deadline, self.gone = deadline, gone
 
-    def __call__(self) -> str | None:
-        if self.why is None and self.gone is not None and self.gone():
+class Arrived(CallContext):
+    """What a handler can know of its call, found out when it asks: most never do."""
+
+    __slots__ = ("_arrival", "_known", "why")
+
+    def __init__(self, exposed: Exposed, arrival: Arrival) -> None:
+        self.target, self.method = exposed.target, exposed.method.name
+        self.why: str | None = None  # it is over: "cancelled", "deadline", "shutdown"
+        self._arrival: Arrival | None = arrival
+        self._known: dict[str, Any] = {}
+
+    def _ask(self, what: str, otherwise: Any) -> Any:
+        if what not in self._known:
+            self._known[what] = otherwise if self._arrival is None else getattr(self._arrival, what)()
+        return self._known[what]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:  # type: ignore[override]
+        found: Mapping[str, str] = self._ask("metadata", {})
+        return found
+
+    @property
+    def deadline(self) -> float | None:  # type: ignore[override]
+        found: float | None = self._ask("deadline", None)
+        return found
+
+    @property
+    def peer(self) -> Peer:  # type: ignore[override]
+        found: Peer = self._ask("peer", Peer())
+        return found
+
+    def _why(self) -> str | None:
+        if self.why is None and self._arrival is not None and self._arrival.gone():
             self.decide("cancelled")
         return self.why
 
     def decide(self, why: str) -> None:
         if self.why is None:
-            late = why == "cancelled" and self._deadline is not None and time.monotonic() >= self._deadline
-            self.why = "deadline" if late else why
+            self.why = "deadline" if why == "cancelled" and self.remaining == 0.0 else why
+
+    @property
+    def late(self) -> bool:
+        """It knows of a deadline, and that has passed. Who never asked is not to pay for it: the caller has a clock as well."""
+        return self._known.get("deadline") is not None and self.remaining == 0.0
+
+    def let_go(self) -> None:
+        """The call is over. What is not known now will not be: the transport's call leads back to the context that we are in,
+        and a cycle is garbage that only a collection finds, every few hundred calls.
+        """
+        self._arrival = None
 
 
 class Handling:
     """One call and its handler."""
 
-    __slots__ = ("_fate", "_reading", "_task", "context", "exposed", "site")
+    __slots__ = ("_reading", "_task", "context", "exposed", "site")
 
-    def __init__(
-        self,
-        site: Site,
-        exposed: Exposed,
-        metadata: Mapping[str, str],
-        deadline: float | None,
-        peer: Peer,
-        gone: Callable[[], bool] | None,
-    ) -> None:
+    def __init__(self, site: Site, exposed: Exposed, arrival: Arrival) -> None:
         self.site, self.exposed = site, exposed
-        self._fate = _Fate(deadline, gone)
+        self.context = Arrived(exposed, arrival)
         self._task: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
         self._reading: FromThread | None = None
-        self.context = CallContext(exposed.target, exposed.method.name, metadata, deadline, peer, self._fate)
 
     def cancel(self, why: str) -> None:
         """Nobody waits for it any more. From any thread: the handler finds out, and its task is cancelled."""
-        self._fate.decide(why)
+        self.context.decide(why)
         if self._task is not None:
             loop, task = self._task
             with suppress(RuntimeError):  # the loop is closed, and with it the task
@@ -266,7 +287,7 @@ class Handling:
         """What to tell the caller. What is not of ipckit's own is logged."""
         if isinstance(error, asyncio.CancelledError | concurrent.futures.CancelledError):
             error = errors.Cancelled("the handler was cancelled")
-        if self._fate.why == "shutdown":
+        if self.context.why == "shutdown":
             error = errors.ShuttingDown("the server shut down before the call was done")
         failure = failures.failure_of(0, error, self.site.options.tracebacks)
         if failure.code == "REMOTE_ERROR":
@@ -275,7 +296,7 @@ class Handling:
 
     def close(self) -> None:
         """The call is over. Once."""
-        self._fate.gone = None  # it leads to the transport's call, which leads to the context that we are in
+        self.context.let_go()
         if self._reading is not None:
             self._reading.close()
         self.site.ended(self)
@@ -302,7 +323,7 @@ class Handling:
 
     def _in_time(self, value: Any) -> Any:
         """A result that comes after the deadline is none, though the caller may not have noticed yet."""
-        if self.context.deadline is not None and self.context.remaining == 0.0:
+        if self.context.late:
             raise overdue()
         return value
 
@@ -351,7 +372,7 @@ class Handling:
         task = asyncio.current_task()
         assert task is not None
         self._task = loop, task
-        if self._fate.why is not None:
+        if self.context.why is not None:
             task.cancel()
 
     # -- for a transport on a loop -------------------------------------------------------------------------------------

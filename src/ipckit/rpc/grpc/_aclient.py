@@ -80,10 +80,12 @@ class AsyncClient(Routes, _tasks.AsyncClient):
         request = self._question(TARGETS, (), until)
         try:
             found: dict[str, str] = await self._again(request, self._attempt)
-        except errors.UnknownMethod:
+        except (errors.UnknownMethod, errors.UnknownTarget):
+            self._greeted = False
             return None
         except errors.DeadlineExceeded as error:
             raise errors.NothingListening("nobody answers there", url=self.url, operation="client") from error
+        self._greeted = True
         return found
 
     async def _await_server(self, deadline: float | None, why: errors.IpcError | None) -> None:

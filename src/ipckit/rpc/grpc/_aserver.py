@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from functools import partial
@@ -16,7 +15,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from ... import _options, errors
 from ..._endpoint import Endpoint, Opening
-from ...transports._grpc_place import PlaceOptions, peer_of
+from ...transports._grpc_place import PlaceOptions
 from .. import _aserver as _tasks
 from .._exposed import Exposed
 from .._limits import ShutdownReport
@@ -25,7 +24,7 @@ from ..contract import target_name
 from ..events import Failure
 from ..failures import failure_of
 from ..protobuf import MethodSchema
-from ._door import Door, metadata_of, parsed, settings_of_server
+from ._door import Arrived, Door, parsed, settings_of_server
 from ._hall import Hall
 from ._server import _NOT_SERVING, _SERVING
 from ._status import Status
@@ -132,6 +131,15 @@ class AsyncServer(_tasks.AsyncServer):
         return make(call.upload if shape.streams_in else call.unary)
 
 
+class _Arrival(Arrived):
+    """As grpc.aio's context has it."""
+
+    __slots__ = ()
+
+    def gone(self) -> bool:
+        return bool(self.context.done())
+
+
 class _Procedure:
     """One method of ours, as grpc.aio calls it: in a task of its own, which is cancelled when the caller is gone."""
 
@@ -182,12 +190,8 @@ class _Procedure:
             handling.close()
 
     async def _begin(self, context: Any) -> Handling:
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
         try:
-            return self._site.begin(
-                self._exposed, metadata_of(context.invocation_metadata()), deadline, peer_of(context.peer())
-            )
+            return self._site.begin(self._exposed, _Arrival(context))
         except errors.RpcError as error:
             await _abort(context, failure_of(0, error, False))
 

@@ -91,10 +91,12 @@ class Client(Routes, _Client):
         request = self._question(TARGETS, (), until)
         try:
             found: dict[str, str] = self._again(request, self._attempt)
-        except errors.UnknownMethod:
+        except (errors.UnknownMethod, errors.UnknownTarget):
+            self._greeted = False
             return None
         except errors.DeadlineExceeded as error:
             raise errors.NothingListening("nobody answers there", url=self.url, operation="client") from error
+        self._greeted = True
         return found
 
     def _ready(self) -> Steps[None]:

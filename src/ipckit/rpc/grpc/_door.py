@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
 from ... import errors
-from ..._spi import Steps, Wait
+from ..._spi import Peer, Steps, Wait
 from ..._url import Url
 from ...transports import _grpc_home, _grpc_place
 from ...transports._grpc_place import PlaceOptions
@@ -75,13 +76,28 @@ def settings_of_server(options: PlaceOptions, serving: ServerOptions) -> list[tu
     ]
 
 
-def metadata_of(pairs: Any) -> dict[str, str]:
-    """What the caller sent along, without what gRPC itself sends."""
-    return {
-        key: value
-        for key, value in pairs or ()
-        if isinstance(value, str) and key != "user-agent" and not key.startswith("grpc-")
-    }
+class Arrived:
+    """A call, as either kind of servicer context has it."""
+
+    __slots__ = ("context",)
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def metadata(self) -> dict[str, str]:
+        """What the caller sent along, without what gRPC itself sends."""
+        return {
+            key: value
+            for key, value in self.context.invocation_metadata() or ()
+            if isinstance(value, str) and key != "user-agent" and not key.startswith("grpc-")
+        }
+
+    def deadline(self) -> float | None:
+        remaining = self.context.time_remaining()
+        return None if remaining is None else time.monotonic() + remaining
+
+    def peer(self) -> Peer:
+        return _grpc_place.peer_of(self.context.peer())
 
 
 def parsed(kind: type[Message]) -> Callable[[bytes], Message]:

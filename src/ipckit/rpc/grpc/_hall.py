@@ -29,7 +29,7 @@ Refuse = Callable[[Failure], Any]
 
 
 class Hall(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
-    """A server's only generic handler."""
+    """A server's generic handler."""
 
     def __init__(
         self, site: Site, make: Make, refuse: Refuse, reflection: type[BaseReflectionServicer], health: Any
@@ -57,7 +57,7 @@ class Hall(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
         target = path[1:].partition(".")[0]
         if target in self._schemas:
             return self._refuse(Failure(0, "UNKNOWN_METHOD", f"{target!r} has no method {path!r}"))
-        return self._refuse(Failure(0, "UNKNOWN_TARGET", f"nothing is exposed as {target!r}"))
+        return None  # for handlers that somebody added to the server underneath
 
     # -- services come and go ------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from .._protovalues import Converter, to_builtins
 from ..contract import Contract, Method
 from ..protobuf import MethodSchema, schema_of
 from ._info import INFO, SCHEMA
-from ._status import error_of
+from ._status import error_of, failure_of
 
 TARGETS, DESCRIBE, DESCRIPTOR, PUSHES = (INFO.methods[name] for name in ("targets", "describe", "descriptor", "pushes"))
 
@@ -57,6 +57,7 @@ class Routes(Base):
         self._learn(BUILT_IN, INFO)
         self._files: dict[str, bytes] = {}  # of targets that are called without a contract
         self._agreed: set[tuple[str, str]] = set()
+        self._greeted = False  # the server is an ipckit's
         self._doubtful = False  # the connection was lost, and nobody has looked since
         self._held = ExitStack()  # what the address needs for as long as it is used
 
@@ -119,6 +120,9 @@ class Routes(Base):
         if self.closed:
             return errors.Closed("this endpoint is closed", url=self.url, operation=operation)
         found = error_of(error, self.url, operation)
+        if self._greeted and type(found) is errors.UnknownMethod and failure_of(error.trailing_metadata()) is None:
+            # A server of ours says so itself of a method that a target does not have.
+            return errors.UnknownTarget("nothing is exposed there", url=self.url, operation=operation)
         if isinstance(found, errors.PeerDied | errors.NothingListening):
             self._doubtful = True
         return found

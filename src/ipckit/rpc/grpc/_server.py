@@ -8,10 +8,9 @@ for days.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -21,7 +20,7 @@ from grpc_reflection.v1alpha.reflection import ReflectionServicer
 from ... import _options, errors
 from ..._endpoint import Endpoint, Opening
 from ..._url import Url
-from ...transports._grpc_place import PlaceOptions, peer_of
+from ...transports._grpc_place import PlaceOptions
 from .. import server as _threads
 from .._exposed import Exposed
 from .._limits import ServerOptions, ShutdownReport
@@ -31,7 +30,7 @@ from ..events import Failure
 from ..failures import failure_of
 from ..protobuf import MethodSchema
 from ..server import ServerInterceptor
-from ._door import Door, metadata_of, parsed, settings_of_server
+from ._door import Arrived, Door, parsed, settings_of_server
 from ._hall import Hall
 from ._pool import Pool
 from ._status import Status
@@ -64,7 +63,7 @@ class Server(_threads.Server):
         opening.run(door.taking(), timeout)
         self._pool = Pool(workers, f"ipckit-{opening.url.scheme}-server")
         self._streams = ThreadPoolExecutor(_STREAMS, f"ipckit-{opening.url.scheme}-stream")
-        server = grpc.server(self._pool, options=settings_of_server(door.options, serving))
+        server = grpc.server(cast("ThreadPoolExecutor", self._pool), options=settings_of_server(door.options, serving))
         self._engine = site = Site(door.bind(server), serving, interceptors)  # type: ignore[assignment]
         self._site, self._door, self._server = site, door, server
         self._health = HealthServicer()
@@ -163,6 +162,15 @@ class Server(_threads.Server):
         return make(stream)
 
 
+class _Arrival(Arrived):
+    """As grpcio's context has it."""
+
+    __slots__ = ()
+
+    def gone(self) -> bool:
+        return not self.context.is_active()
+
+
 class _Procedure:
     """One method of ours, as grpcio calls it: on a thread of its pool."""
 
@@ -216,16 +224,8 @@ class _Procedure:
             handling.close()
 
     def _begin(self, context: Any) -> Handling:
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
         try:
-            handling = self._site.begin(
-                self._exposed,
-                metadata_of(context.invocation_metadata()),
-                deadline,
-                peer_of(context.peer()),
-                lambda: not context.is_active(),
-            )
+            handling = self._site.begin(self._exposed, _Arrival(context))
         except errors.RpcError as error:
             _abort(context, failure_of(0, error, False))
         if self._exposed.method.coroutine:
