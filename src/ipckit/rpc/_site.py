@@ -23,7 +23,7 @@ import contextvars
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
@@ -377,11 +377,13 @@ class Handling:
 
     # -- for a transport on a loop -------------------------------------------------------------------------------------
 
-    async def arun(self, arguments: Arguments, inputs: AsyncIterator[Any] | None = None) -> Any:
+    def arun(self, arguments: Arguments, inputs: AsyncIterator[Any] | None = None) -> Awaitable[Any]:
         """The result. The caller's task is the handler's: cancelling it is `cancel`."""
         method = self.exposed.method
-        if method.coroutine:
-            return await self._coroutine(arguments, inputs)
+        return self._coroutine(arguments, inputs) if method.coroutine else self._function(arguments, inputs)
+
+    async def _function(self, arguments: Arguments, inputs: AsyncIterator[Any] | None) -> Any:
+        method = self.exposed.method
         if method.options.inline and inputs is None:
             return self.run(arguments)
         loop = asyncio.get_running_loop()

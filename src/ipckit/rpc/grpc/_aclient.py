@@ -14,9 +14,10 @@ import grpc.aio
 from ... import errors
 from ..._wait import arun
 from .. import _aclient as _tasks
-from .._calling import Request, Subscribed
+from .._calling import CallOptions, Request, Subscribed
+from .._tracing import traced
 from ..client import make_proxy
-from ..contract import Contract, Method
+from ..contract import Contract, Method, Shape
 from ..events import Push
 from ..protobuf import MethodSchema
 from ._client import _left
@@ -32,7 +33,6 @@ class AsyncClient(Routes, _tasks.AsyncClient):
 
     def __init__(self, where: Any, /, **options: Any) -> None:
         super().__init__(where, **options)
-        self._stubs: dict[str, Any] = {}
         self._reconnecting = asyncio.Lock()
         self._feeding: set[AsyncSubscription] = set()
         try:
@@ -165,26 +165,19 @@ class AsyncClient(Routes, _tasks.AsyncClient):
         except grpc.aio.AioRpcError as error:
             raise self._said(error, feed, request) from error
         except asyncio.CancelledError:
-            self._not_by_us(feed, request)
+            self._not_by_us(feed, request.operation)
             raise
         return schema.decode_result(parsed(schema.response)(reply))
 
     def _begin_call(self, schema: MethodSchema, request: Request) -> tuple[Any, _Feed | None]:
-        found = self._stubs.get(schema.path)
-        if found is None:
-            line, shape = self._lines.conn, request.method.shape
-            if line is None:
-                raise errors.Closed("this endpoint is closed", url=self.url, operation="call")
-            kind = f"{'stream' if shape.streams_in else 'unary'}_{'stream' if shape.streams_out else 'unary'}"
-            found = self._stubs[schema.path] = getattr(line.link.native, kind)(schema.path)
-        feed = None
+        stub, feed = self._stub(schema, request.method.shape), None
         if request.stream is None:
             given: Any = schema.encode_args(request.args).SerializeToString()
         else:
             feed = _Feed(schema, request)
             given = feed.bodies()
         try:
-            call = found(given, timeout=_left(request.deadline), metadata=self._headers(request))
+            call = stub(given, timeout=_left(request.deadline), metadata=self._headers(request))
         except (grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise errors.Closed("this endpoint is closed", url=self.url, operation=request.operation) from error
         if feed is not None:
@@ -196,7 +189,7 @@ class AsyncClient(Routes, _tasks.AsyncClient):
             return feed.failed
         return self._error(error, request.operation)
 
-    def _not_by_us(self, feed: _Feed | None, request: Request) -> None:
+    def _not_by_us(self, feed: _Feed | None, operation: str) -> None:
         """grpc.aio cancels the task that waits when the call or the channel is; raise what that was, unless the task is meant."""
         task = asyncio.current_task()
         if task is not None and task.cancelling():
@@ -204,7 +197,41 @@ class AsyncClient(Routes, _tasks.AsyncClient):
         if feed is not None and feed.failed is not None:
             raise feed.failed from None
         if self.closed:
-            raise errors.Closed("this endpoint is closed", url=self.url, operation=request.operation) from None
+            raise errors.Closed("this endpoint is closed", url=self.url, operation=operation) from None
+
+    def _caller(self, target: str, method: Method, options: CallOptions) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            return self._call(target, method, args, named, options)
+
+        short = method.shape is Shape.UNARY and method.plain and not options.metadata and not self._interceptors
+        return self._short_way(target, method, options, call) if short else call
+
+    def _short_way(
+        self, target: str, method: Method, options: CallOptions, long: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """`call`, when nothing is out of the ordinary: everything it needs is at hand."""
+        schema = self._schema(target, method)
+        encode, decode, parse = schema.encode_args, schema.decode_result, parsed(schema.response)
+        count, timeout, gate = len(method.parameters), options.timeout, self._gate
+        stub = self._stub(schema, method.shape)
+
+        async def call(*args: Any, **named: Any) -> Any:
+            if named or len(args) != count or self._doubtful or traced() or gate.closed or gate.foreign:
+                return await long(*args, **named)
+            body = encode(args).SerializeToString()
+            try:
+                reply = await stub(body, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                found = self._error(error, f"{target}.{method.name}")
+                if isinstance(found, errors.NothingListening) or method.options.idempotent:
+                    return await long(*args)
+                raise found from error
+            except asyncio.CancelledError:
+                self._not_by_us(None, f"{target}.{method.name}")
+                raise
+            return decode(parse(reply))
+
+        return call
 
     # -- contracts, pushes, the end ------------------------------------------------------------------------------------
 
@@ -287,7 +314,7 @@ class AsyncResults(AsyncIterator[Any]):
                     raise self._client._said(error, self._feed, self._request) from error
             except asyncio.CancelledError:
                 self._stop()
-                self._client._not_by_us(self._feed, self._request)
+                self._client._not_by_us(self._feed, self._request.operation)
                 raise
             else:
                 if body is grpc.aio.EOF:

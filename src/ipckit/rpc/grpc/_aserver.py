@@ -148,7 +148,10 @@ class _Procedure:
         self._parse = parsed(schema.request)
 
     async def unary(self, body: bytes, context: Any) -> bytes:
-        handling = await self._begin(context)
+        try:
+            handling = self._begin(context)
+        except errors.RpcError as error:
+            await _abort(context, failure_of(0, error, False))
         try:
             value = await handling.arun(lambda: self._schema.decode_args(self._parse(body)))
             return self._schema.encode_result(value).SerializeToString()
@@ -158,7 +161,10 @@ class _Procedure:
             handling.close()
 
     async def upload(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
-        handling = await self._begin(context)
+        try:
+            handling = self._begin(context)
+        except errors.RpcError as error:
+            await _abort(context, failure_of(0, error, False))
         try:
             first = await self._first(requests)
             value = await handling.arun(lambda: self._schema.decode_args(first), self._items(first, requests))
@@ -175,7 +181,10 @@ class _Procedure:
         await self._produce(context, None, requests)
 
     async def _produce(self, context: Any, arguments: Any, requests: AsyncIterator[bytes] | None) -> None:
-        handling = await self._begin(context)
+        try:
+            handling = self._begin(context)
+        except errors.RpcError as error:
+            await _abort(context, failure_of(0, error, False))
         schema, write, inputs = self._schema, context.write, None
         try:
             if requests is not None:
@@ -189,11 +198,8 @@ class _Procedure:
         finally:
             handling.close()
 
-    async def _begin(self, context: Any) -> Handling:
-        try:
-            return self._site.begin(self._exposed, _Arrival(context))
-        except errors.RpcError as error:
-            await _abort(context, failure_of(0, error, False))
+    def _begin(self, context: Any) -> Handling:
+        return self._site.begin(self._exposed, _Arrival(context))
 
     async def _first(self, requests: AsyncIterator[bytes]) -> Any:
         """The message with the arguments, where the method has any beside its stream."""

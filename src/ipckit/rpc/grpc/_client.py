@@ -40,7 +40,6 @@ class Client(Routes, _Client):
 
     def __init__(self, where: Any, /, **options: Any) -> None:
         super().__init__(where, **options)
-        self._stubs: dict[str, Any] = {}
         self._feeding: set[Subscription] = set()
         try:
             self._prepare()
@@ -214,16 +213,6 @@ class Client(Routes, _Client):
             call.cancel()
             raise
         return schema.decode_result(parsed(schema.response)(reply))
-
-    def _stub(self, schema: MethodSchema, shape: Shape) -> Any:
-        found = self._stubs.get(schema.path)
-        if found is None:
-            line = self._lines.conn
-            if line is None:
-                raise errors.Closed("this endpoint is closed", url=self.url, operation="call")
-            kind = f"{'stream' if shape.streams_in else 'unary'}_{'stream' if shape.streams_out else 'unary'}"
-            found = self._stubs[schema.path] = getattr(line.link.native, kind)(schema.path)
-        return found
 
     def _caller(self, target: str, method: Method, options: CallOptions) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:

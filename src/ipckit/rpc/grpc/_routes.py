@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import grpc
 import msgspec
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -19,7 +20,7 @@ from .._calling import Base, Request
 from .._exposed import BUILT_IN
 from .._protofile import add_well_known, camel
 from .._protovalues import Converter, to_builtins
-from ..contract import Contract, Method
+from ..contract import Contract, Method, Shape
 from ..protobuf import MethodSchema, schema_of
 from ._info import INFO, SCHEMA
 from ._status import error_of, failure_of
@@ -54,6 +55,7 @@ class Routes(Base):
         self._place_options = _options.read(PlaceOptions, self.url)
         self._credentials = _grpc_place.client_credentials(self.url, self._place_options)
         self._schemas: dict[tuple[str, Method], MethodSchema] = {}
+        self._stubs: dict[str, Any] = {}
         self._learn(BUILT_IN, INFO)
         self._files: dict[str, bytes] = {}  # of targets that are called without a contract
         self._agreed: set[tuple[str, str]] = set()
@@ -99,6 +101,17 @@ class Routes(Base):
             found = _dynamic(method, self._files[target], self._described[target])
         return found
 
+    def _stub(self, schema: MethodSchema, shape: Shape) -> Any:
+        """What grpcio calls a procedure by."""
+        found = self._stubs.get(schema.path)
+        if found is None:
+            line = self._lines.conn
+            if line is None:
+                raise errors.Closed("this endpoint is closed", url=self.url, operation="call")
+            kind = f"{'stream' if shape.streams_in else 'unary'}_{'stream' if shape.streams_out else 'unary'}"
+            found = self._stubs[schema.path] = getattr(line.link.native, kind)(schema.path)
+        return found
+
     def _question(self, method: Method, args: tuple[Any, ...], deadline: float | None) -> Request:
         """To the server about itself."""
         return Request(BUILT_IN, method, args, None, dict(self._options.metadata), deadline)
@@ -120,8 +133,9 @@ class Routes(Base):
         if self.closed:
             return errors.Closed("this endpoint is closed", url=self.url, operation=operation)
         found = error_of(error, self.url, operation)
-        if self._greeted and type(found) is errors.UnknownMethod and failure_of(error.trailing_metadata()) is None:
-            # A server of ours says so itself of a method that a target does not have.
+        unknown = error.code() is grpc.StatusCode.UNIMPLEMENTED and self._greeted
+        if unknown and "not found" in (error.details() or "") and failure_of(error.trailing_metadata()) is None:
+            # gRPC's own words for a path that nobody has. A target of ours answers for the methods that it lacks.
             return errors.UnknownTarget("nothing is exposed there", url=self.url, operation=operation)
         if isinstance(found, errors.PeerDied | errors.NothingListening):
             self._doubtful = True
