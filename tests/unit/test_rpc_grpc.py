@@ -494,3 +494,45 @@ def test_garbage_in_the_details_is_nobody_elses_failure(data: bytes) -> None:
 
     found = failure_of(((DETAILS, data),))
     assert found is None or found.code
+
+
+# -- pushes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_subscription_survives_its_server(shop: Shop) -> None:
+    first = ipckit.Server(HERE, shop)
+    with ipckit.client(first.url) as client:
+        subscription = client.subscribe(Order)
+        assert first.broadcast(Order("tea")) == 1
+        assert subscription.recv(10) == Order("tea")
+        first.shutdown(0)
+        with ipckit.Server(first.url, shop, timeout=10) as second:
+            assert eventually(lambda: second.stats()["subscribers"] == 1)
+            second.broadcast(Order("milk"))
+            assert subscription.recv(10) == Order("milk")
+            with pytest.raises(errors.Timeout):
+                subscription.recv(0)
+            subscription.close()
+            assert eventually(lambda: second.stats()["subscribers"] == 0)
+            with pytest.raises(errors.Closed):
+                subscription.recv(1)
+
+
+def test_an_awaited_subscription_survives_its_server(shop: Shop) -> None:
+    async def main() -> None:
+        first = await ipckit.aio.Server(HERE, shop)
+        async with await ipckit.aio.client(first.url) as client:
+            subscription = await client.subscribe(Order)
+            assert first.broadcast(Order("tea")) == 1
+            assert await subscription.recv(10) == Order("tea")
+            report = await first.shutdown(0)
+            assert (report.in_flight_at_start, report.forced_closed) == (0, 0)
+            async with ipckit.aio.Server(first.url, shop, timeout=10) as second:
+                assert await asyncio.to_thread(eventually, lambda: second.stats()["subscribers"] == 1)
+                second.broadcast(Order("milk"))
+                assert await subscription.recv(10) == Order("milk")
+                await subscription.close()
+                with pytest.raises(errors.Closed):
+                    await subscription.recv(1)
+
+    asyncio.run(asyncio.wait_for(main(), 40))

@@ -334,6 +334,8 @@ class Results(Iterator[Any]):
                 self._over = True
                 break
             except grpc.RpcError as error:
+                if self._over:  # closed, by another thread
+                    break
                 if not self._begun_again(error):
                     self._over = True
                     if self._feed is not None and self._feed.failed is not None:
