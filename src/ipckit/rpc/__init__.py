@@ -19,6 +19,9 @@ How the parts fit, from the ground up:
 | `_attend.py` `_serving.py` `_crew.py` | where handlers run: on the thread that receives, on a thread or a loop of their own |
 | `server.py` `_aserver.py` | its two shells |
 | `context.py` | `current()`: deadline, cancellation and metadata, for handlers |
+| `_site.py` `_arrival.py` `_bridges.py` | where handlers run for a transport that has calls of its own |
+| `grpc/` | calls over gRPC, by such a transport |
+| `protobuf.py` `_protofile.py` `_protovalues.py` | contracts and values as protocol buffers |
 
 A transport that has calls of its own (gRPC, NATS) names a module with four classes (`Transport.calls`), and shares contracts and
 codecs with the rest; one that has links needs nothing. Another dialect is a class like `Native`.

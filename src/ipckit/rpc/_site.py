@@ -1,4 +1,4 @@
-"""The side that runs handlers, for a server whose transport has calls of its own (gRPC, NATS micro).
+"""The side that runs handlers, for a server whose transport has calls of its own (gRPC).
 
 Such a transport brings bytes to their procedure by itself; what it needs of us is the table of services, and a `Handling` for
 each call: limits, `current()`, interceptors, cancellation, what is counted and logged, and what becomes of an exception.
@@ -25,14 +25,14 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from .. import errors
-from .._spi import Peer
 from .._url import Url
 from . import events, failures
+from ._arrival import Arrival, Arrived
 from ._bridges import FromLoop, FromThread, OnLoop
 from ._crew import Crew
 from ._exposed import BUILT_IN, Exposed, Services
@@ -198,70 +198,6 @@ class Subscriber:
         self.pushes.append(push)
         self.wake()
         return True
-
-
-class Arrival(Protocol):
-    """A call as the transport has it."""
-
-    def metadata(self) -> Mapping[str, str]: ...
-    def deadline(self) -> float | None:
-        """On the clock of `time.monotonic`."""
-
-    def peer(self) -> Peer: ...
-    def gone(self) -> bool:
-        """Nobody waits for it any more."""
-
-
-class Arrived(CallContext):
-    """What a handler can know of its call, found out when it asks: most never do."""
-
-    __slots__ = ("_arrival", "_known", "why")
-
-    def __init__(self, exposed: Exposed, arrival: Arrival) -> None:
-        self.target, self.method = exposed.target, exposed.method.name
-        self.why: str | None = None  # it is over: "cancelled", "deadline", "shutdown"
-        self._arrival: Arrival | None = arrival
-        self._known: dict[str, Any] = {}
-
-    def _ask(self, what: str, otherwise: Any) -> Any:
-        if what not in self._known:
-            self._known[what] = otherwise if self._arrival is None else getattr(self._arrival, what)()
-        return self._known[what]
-
-    @property
-    def metadata(self) -> Mapping[str, str]:  # type: ignore[override]
-        found: Mapping[str, str] = self._ask("metadata", {})
-        return found
-
-    @property
-    def deadline(self) -> float | None:  # type: ignore[override]
-        found: float | None = self._ask("deadline", None)
-        return found
-
-    @property
-    def peer(self) -> Peer:  # type: ignore[override]
-        found: Peer = self._ask("peer", Peer())
-        return found
-
-    def _why(self) -> str | None:
-        if self.why is None and self._arrival is not None and self._arrival.gone():
-            self.decide("cancelled")
-        return self.why
-
-    def decide(self, why: str) -> None:
-        if self.why is None:
-            self.why = "deadline" if why == "cancelled" and self.remaining == 0.0 else why
-
-    @property
-    def late(self) -> bool:
-        """It knows of a deadline, and that has passed. Who never asked is not to pay for it: the caller has a clock as well."""
-        return self._known.get("deadline") is not None and self.remaining == 0.0
-
-    def let_go(self) -> None:
-        """The call is over. What is not known now will not be: the transport's call leads back to the context that we are in,
-        and a cycle is garbage that only a collection finds, every few hundred calls.
-        """
-        self._arrival = None
 
 
 class Handling:

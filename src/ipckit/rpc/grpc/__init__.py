@@ -9,9 +9,10 @@ A contract becomes protocol buffers (`protobuf`), a target `shop` of the class `
 | `_status.py` | failures to gRPC's codes with details, and back |
 | `_info.py` | the service `ipckit.Info` that every server of ours has: contracts, and pushes |
 | `_hall.py` | which handler a path leads to: ours, user-compiled servicers, reflection, health |
-| `_server.py` `_aserver.py` | grpcio's server of threads, and grpc.aio's on the caller's loop |
+| `_door.py` | what the two servers share: the port or name, headers |
+| `_server.py` `_pool.py` `_aserver.py` | grpcio's server and its threads, and grpc.aio's on the caller's loop |
 | `_routes.py` | what the two clients share: procedures, what an error means, how contracts are compared |
-| `_client.py` `_aclient.py` | a grpcio channel, and a grpc.aio one on the caller's loop |
+| `_client.py` `_results.py` `_aclient.py` | a grpcio channel, and a grpc.aio one on the caller's loop |
 
 docs/howto/grpc.md shows it, ADR 19 weighs it.
 """

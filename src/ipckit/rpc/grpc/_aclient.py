@@ -20,9 +20,8 @@ from ..client import make_proxy
 from ..contract import Contract, Method, Shape
 from ..events import Push
 from ..protobuf import MethodSchema
-from ._client import _left
 from ._door import parsed
-from ._routes import DESCRIBE, DESCRIPTOR, PUSHES, TARGETS, Line, Routes
+from ._routes import DESCRIBE, DESCRIPTOR, PUSHES, TARGETS, Line, Routes, left
 
 S = TypeVar("S")
 _READY = grpc.ChannelConnectivity.READY
@@ -177,7 +176,7 @@ class AsyncClient(Routes, _tasks.AsyncClient):
             feed = _Feed(schema, request)
             given = feed.bodies()
         try:
-            call = stub(given, timeout=_left(request.deadline), metadata=self._headers(request))
+            call = stub(given, timeout=left(request.deadline), metadata=self._headers(request))
         except (grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise errors.Closed("this endpoint is closed", url=self.url, operation=request.operation) from error
         if feed is not None:

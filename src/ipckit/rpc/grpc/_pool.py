@@ -17,7 +17,7 @@ _log = logging.getLogger("ipckit")
 
 
 class Done:
-    """When a job is done, as far as grpcio asks."""
+    """Tells when a job is done, as far as grpcio asks."""
 
     __slots__ = ("_callback", "_mutex", "_over")
 

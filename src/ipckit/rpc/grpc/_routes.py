@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -242,4 +243,8 @@ def _is_record(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> boo
     return schema.get("type") == "object" and "properties" in schema
 
 
-__all__ = ["DESCRIBE", "DESCRIPTOR", "PUSHES", "TARGETS", "Line", "Routes"]
+def left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
+
+
+__all__ = ["DESCRIBE", "DESCRIPTOR", "PUSHES", "TARGETS", "Line", "Routes", "left"]
