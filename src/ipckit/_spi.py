@@ -148,6 +148,25 @@ class Spinning(Protocol):
 
 
 @runtime_checkable
+class Reframing(Protocol):
+    """A link on a byte stream whose peer may be a program of another make, with a protocol of its own on frames like ours.
+
+    For whoever accepted it, before anything was sent or received: look at what comes first, then say how to go on.
+    """
+
+    def try_glance(self, count: int, /) -> bytes | None:
+        """The next bytes of the stream, prefix included, which stay where they are; None while there are fewer.
+
+        Raises: what `try_recv` does.
+        """
+
+    def reframe(self, uncounted_in: int, uncounted_out: int, /) -> None:
+        """From here on a frame begins with a header of so many bytes, which its length does not count, and we write no goodbye:
+        such a peer would take it for a length.
+        """
+
+
+@runtime_checkable
 class Prioritised(Protocol):
     """Frames with a priority, higher first. Capability `priorities`."""
 

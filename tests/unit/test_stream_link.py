@@ -782,3 +782,54 @@ def test_nothing_leaks() -> None:
     gc.collect()
     assert ref() is None
     assert open_descriptors() == before
+
+
+# -- peers of another make
+
+
+def test_a_glance_takes_nothing(raw) -> None:
+    link, peer = raw
+    assert link.try_glance(5) is None
+    peer.send(b"\0\0\0")
+    assert link.try_glance(5) is None
+    peer.send(b"\1xrest")
+    assert link.try_glance(5) == link.try_glance(5) == b"\0\0\0\1x"
+    assert link.try_recv() == b"x"
+    peer.send(b"\xff\xff\xff\xff")
+    with gives_up("PROTOCOL"):
+        link.try_glance(5)
+
+
+def test_a_glance_hears_the_end(raw) -> None:
+    link, peer = raw
+    peer.send(b"\xff\xff\xff\xff")
+    with gives_up("GOODBYE"):
+        link.try_glance(5)
+    with pytest.raises(ValueError, match="64"):
+        link.try_glance(65)
+
+
+@pytest.mark.parametrize("size", [3, 100, 5000, 300_000, LIMIT + 3])
+def test_a_header_that_the_length_does_not_count(raw, size: int) -> None:
+    link, peer = raw
+    peer.setblocking(True)
+    link.reframe(2, 3)
+    body = os.urandom(size)
+    sent = struct.pack(">I", size - 3) + body
+
+    def send() -> None:
+        link.send(body, 10)
+        link.send_many([body], 10)
+
+    with background(send):
+        got = b""
+        while len(got) < 2 * len(sent):
+            got += peer.recv(1 << 16)
+    assert got == 2 * sent
+    said = os.urandom(size - 1)
+    with background(lambda: peer.sendall(struct.pack(">I", size - 3) + said)):
+        assert link.recv(10) == said
+    with pytest.raises(ValueError, match="shorter than its header"):
+        link.try_send(b"xx")
+    link.close()
+    assert peer.recv(10) == b""  # such a peer would take a goodbye for a length

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 enum { DRAIN = 1 << 20 }; /* unread input to discard at close */
+enum { GLANCE = 64 }; /* bytes, at most, of a header, and of what a glance is at */
 enum { WANT_RECV = 1, WANT_SEND = 2 };
 
 /* -- coming and going ------------------------------------------------------------------------------------------ */
@@ -165,6 +166,39 @@ static PyObject *link_spin_recv(StreamLink *self, PyObject *unused)
     if (self->end.recv.busy && !self->end.closed)
         return Py_NewRef(Py_None);
     return stream_link_receive(self, now_ns() + LOOP_SPIN_NS, SPIN, "recv");
+}
+
+static PyObject *link_try_glance(StreamLink *self, PyObject *argument)
+{
+    Py_ssize_t count = PyLong_AsSsize_t(argument);
+    if (count == -1 && PyErr_Occurred())
+        return NULL;
+    if (count < 1 || count > GLANCE) {
+        PyErr_Format(PyExc_ValueError, "a glance is at 1 to %d bytes", GLANCE);
+        return NULL;
+    }
+    if (self->end.recv.busy && !self->end.closed)
+        return Py_NewRef(Py_None);
+    return stream_link_glance(self, (size_t)count);
+}
+
+static PyObject *link_reframe(StreamLink *self, PyObject *args)
+{
+    int in, out;
+    if (!PyArg_ParseTuple(args, "ii:reframe", &in, &out) || endpoint_check(&self->end, "reframe") < 0)
+        return NULL;
+    if (in < 0 || in > GLANCE || out < 0 || out > GLANCE) {
+        PyErr_Format(PyExc_ValueError, "a header is of 0 to %d bytes", GLANCE);
+        return NULL;
+    }
+    if (self->end.inside || stream_pending(&self->out) || self->in.target) {
+        PyErr_SetString(PyExc_ValueError, "the link is in use");
+        return NULL;
+    }
+    self->in.uncounted = (size_t)in;
+    self->out.uncounted = (size_t)out;
+    self->in.goodbye = self->goodbye = false;
+    return Py_NewRef(Py_None);
 }
 
 static PyObject *make_wait(StreamLink *self, long want)
@@ -408,6 +442,9 @@ static PyMethodDef methods[] = {
     {"try_flush", (PyCFunction)link_try_flush, METH_NOARGS, "try_flush()\n--\n\nTrue when nothing accepted is still held here."},
     {"try_recv", (PyCFunction)link_try_recv, METH_NOARGS, "try_recv()\n--\n\nThe next frame, or None."},
     {"spin_recv", (PyCFunction)link_spin_recv, METH_NOARGS, "spin_recv()\n--\n\nThe next frame, or None after spinning for one."},
+    {"try_glance", (PyCFunction)link_try_glance, METH_O, "try_glance(count, /)\n--\n\nThe next bytes, which stay, or None."},
+    {"reframe", (PyCFunction)link_reframe, METH_VARARGS,
+     "reframe(uncounted_in, uncounted_out, /)\n--\n\nFrames have a header that their length does not count; no goodbyes."},
     {"arm", (PyCFunction)link_arm, METH_O, "arm(want, /)\n--\n\nWhat to sleep on."},
     FASTCALL(send, "send(frame, timeout=None, priority=0)\n--\n\nSend, waiting for room."),
     FASTCALL(recv, "recv(timeout=None)\n--\n\nThe next frame."),

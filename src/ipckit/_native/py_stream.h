@@ -52,5 +52,6 @@ PyObject *stream_link_receive_many(StreamLink *self, Py_ssize_t limit, int64_t d
 int stream_link_transmit(StreamLink *self, PyObject *frame, int64_t deadline, bool wait, const char *operation);
 PyObject *stream_link_transmit_many(StreamLink *self, PyObject *frames, int64_t deadline); /* frames: a tuple */
 int stream_link_flush(StreamLink *self);
+PyObject *stream_link_glance(StreamLink *self, size_t count);
 
 #endif

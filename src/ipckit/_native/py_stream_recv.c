@@ -185,6 +185,33 @@ PyObject *stream_link_receive(StreamLink *self, int64_t deadline, enum effort ef
     return frame;
 }
 
+/* The next `count` bytes, which are not taken, or None. */
+PyObject *stream_link_glance(StreamLink *self, size_t count)
+{
+    if (stream_link_enter(self, &self->end.recv, 0, "recv") < 0)
+        return NULL;
+    PyObject *seen = NULL;
+    for (;;) {
+        struct stream_view view;
+        enum stream_status status = stream_peek(&self->in, &view);
+        const unsigned char *here = stream_glance(&self->in, count);
+        bool refused = status == STREAM_GOODBYE || status == STREAM_OVERSIZE;
+        if (here && !refused)
+            seen = PyBytes_FromStringAndSize((const char *)here, (Py_ssize_t)count);
+        else if (refused || status >= STREAM_ENDED) {
+            self->ended = status;
+            self->ended_errno = self->in.error;
+            stream_link_over(self, status, self->in.error, "recv");
+        } else if (fill(self) != STREAM_AGAIN)
+            continue;
+        else
+            seen = Py_NewRef(Py_None);
+        break;
+    }
+    stream_link_leave(self, &self->end.recv);
+    return seen;
+}
+
 PyObject *stream_link_receive_into(StreamLink *self, const Py_buffer *into, int64_t deadline)
 {
     if (stream_link_enter(self, &self->end.recv, deadline, "recv_into") < 0)

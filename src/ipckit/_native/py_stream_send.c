@@ -107,8 +107,12 @@ static int send_vectors(StreamLink *self, const struct iovec *vectors, int count
 
 static int may_send(StreamLink *self, size_t size, const char *operation)
 {
-    if (size > self->in.limit)
+    if (size > self->in.limit + self->out.uncounted)
         return stream_link_too_large(self, size, self->in.limit, operation);
+    if (__builtin_expect(size < self->out.uncounted, 0)) {
+        PyErr_SetString(PyExc_ValueError, "the frame is shorter than its header");
+        return -1;
+    }
     if (__builtin_expect(self->ended != STREAM_OK, 0))
         return stream_link_over(self, self->ended, self->ended_errno, operation);
     return 0;
@@ -127,7 +131,7 @@ static int send_frame(StreamLink *self, const void *data, size_t size, int64_t d
     unsigned char small[STREAM_HEADER + SMALL];
     struct iovec vectors[2] = {{small, STREAM_HEADER}, {(void *)data, size}};
     int count = 2;
-    stream_header(small, size);
+    stream_header(small, size - self->out.uncounted);
     if (size <= SMALL) {
         memcpy(small + STREAM_HEADER, data, size);
         vectors[0].iov_len += size;
@@ -204,11 +208,11 @@ static bool batch_has_room(const struct batch *batch, size_t size)
            batch->frames < (int)(sizeof batch->ends / sizeof *batch->ends);
 }
 
-static void batch_add(struct batch *batch, struct loan *loan)
+static void batch_add(struct batch *batch, struct loan *loan, size_t uncounted)
 {
     unsigned char *at = batch->scratch + batch->used;
     size_t here = STREAM_HEADER;
-    stream_header(at, loan->size);
+    stream_header(at, loan->size - uncounted);
     if (loan->size <= SMALL) {
         memcpy(at + STREAM_HEADER, loan->data, loan->size);
         here += loan->size;
@@ -282,10 +286,10 @@ static PyObject *transmit_batches(StreamLink *self, PyObject *frames, int64_t de
         struct loan loan;
         if (borrow(PyTuple_GetItem(frames, i), &loan) < 0)
             done = -1;
-        else if (loan.size > self->in.limit) /* it grew since */
-            done = stream_link_too_large(self, loan.size, self->in.limit, "send_many");
+        else if (may_send(self, loan.size, "send_many") < 0) /* its size has changed since */
+            done = -1;
         else if (batch_has_room(batch, loan.size) || (done = batch_send(self, batch, deadline, &accepted)) > 0) {
-            batch_add(batch, &loan);
+            batch_add(batch, &loan, self->out.uncounted);
             continue;
         } else
             give_back(&loan);

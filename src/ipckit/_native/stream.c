@@ -80,6 +80,17 @@ static enum stream_status ending(const struct stream_reader *reader, bool inside
     return reader->over == STREAM_ENDED && inside ? STREAM_TORN : reader->over;
 }
 
+/* The size of the frame whose prefix stands at `begin`. */
+static size_t size_at_begin(const struct stream_reader *reader)
+{
+    return prefix_at(reader->buffer + reader->begin) + reader->uncounted;
+}
+
+const unsigned char *stream_glance(const struct stream_reader *reader, size_t count)
+{
+    return reader->target || reader->end - reader->begin < count ? NULL : reader->buffer + reader->begin;
+}
+
 enum stream_status stream_peek(struct stream_reader *reader, struct stream_view *view)
 {
     if (reader->target) {
@@ -91,18 +102,19 @@ enum stream_status stream_peek(struct stream_reader *reader, struct stream_view 
     size_t here = reader->end - reader->begin;
     if (here < STREAM_HEADER)
         return ending(reader, here != 0);
-    uint32_t size = prefix_at(reader->buffer + reader->begin);
-    if (size > reader->limit) {
-        reader->size = size;
-        return reader->over = size == STREAM_GOODBYE_WORD && reader->goodbye ? STREAM_GOODBYE : STREAM_OVERSIZE;
+    uint32_t counted = prefix_at(reader->buffer + reader->begin);
+    if (counted > reader->limit) {
+        reader->size = counted;
+        return reader->over = counted == STREAM_GOODBYE_WORD && reader->goodbye ? STREAM_GOODBYE : STREAM_OVERSIZE;
     }
+    size_t size = counted + reader->uncounted;
     if (here - STREAM_HEADER >= size) {
         *view = (struct stream_view){reader->buffer + reader->begin + STREAM_HEADER, size};
         return STREAM_FRAME;
     }
     if (reader->over != STREAM_OK)
         return ending(reader, true);
-    return STREAM_HEADER + (size_t)size > STREAM_BUFFER ? STREAM_LARGE : STREAM_AGAIN;
+    return STREAM_HEADER + size > STREAM_BUFFER ? STREAM_LARGE : STREAM_AGAIN;
 }
 
 void stream_take(struct stream_reader *reader, const struct stream_view *view)
@@ -124,13 +136,13 @@ bool stream_announced(const struct stream_reader *reader, size_t *size)
     }
     if (reader->end - reader->begin < STREAM_HEADER)
         return false;
-    *size = prefix_at(reader->buffer + reader->begin);
+    *size = size_at_begin(reader);
     return true;
 }
 
 void stream_target(struct stream_reader *reader, void *memory)
 {
-    reader->size = prefix_at(reader->buffer + reader->begin);
+    reader->size = size_at_begin(reader);
     reader->have = reader->end - reader->begin - STREAM_HEADER;
     reader->target = memory;
     memcpy(memory, reader->buffer + reader->begin + STREAM_HEADER, reader->have);

@@ -4,6 +4,9 @@
  *      |   length, u32 be  |   payload, `length` bytes   |
  *      +----+----+----+----+------------------- - - - ---+
  *
+ * Some protocols have a header behind the length that the length does not count. A reader and a writer can be told so (`uncounted`): the
+ * frame is then the header and the payload.
+ *
  * A reader and a writer share nothing, so one thread may use the reader while another uses the writer. Each has one user
  * at a time. Nothing here waits, except stream_await and stream_push, which sleep on the stream and on a bell.
  *
@@ -51,6 +54,7 @@ struct stream_reader {
     enum stream_status over; /* STREAM_OK while it lives. It comes after the frames in the buffer */
     int error;
     uint64_t limit;
+    size_t uncounted; /* bytes of a frame that its length does not count: a header of the peer's protocol */
     unsigned char *buffer; /* allocated by the first fill */
     size_t capacity, begin, end;
     unsigned char *target; /* the large frame in progress: `have` of `size` bytes. The buffer holds what follows it */
@@ -61,6 +65,7 @@ struct stream_writer {
     int fd;
     bool socket;
     int error;
+    size_t uncounted; /* as the reader's */
     unsigned char *rest; /* the tail of an accepted frame: bytes begin to end */
     size_t capacity, begin, end;
 };
@@ -78,6 +83,8 @@ void stream_hand_back(struct stream_reader *reader, struct stream_writer *writer
 
 /* What the bytes at hand amount to: FRAME (view is set), LARGE, AGAIN, or why it is over. Takes nothing. */
 enum stream_status stream_peek(struct stream_reader *reader, struct stream_view *view);
+/* The next bytes, taking nothing: NULL while there are fewer than `count`. */
+const unsigned char *stream_glance(const struct stream_reader *reader, size_t count);
 /* Take the frame that stream_peek showed. The view stays valid until the next fill. */
 void stream_take(struct stream_reader *reader, const struct stream_view *view);
 /* The length of the frame that has begun, if its prefix is here. */

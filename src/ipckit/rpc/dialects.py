@@ -39,12 +39,19 @@ class Dialect(Protocol):
 
     Attributes:
         format: what bodies are written in.
+        push_format: what the bodies of pushes are written in.
         named: arguments are a map by name, or the single message itself; else an array.
         flow: streams have credits. Without them the link alone holds a producer back.
     """
 
     name: str
-    format: Literal["msgpack", "json"]
+
+    @property
+    def format(self) -> Literal["msgpack", "json"]: ...
+
+    @property
+    def push_format(self) -> Literal["msgpack", "json"]: ...
+
     named: bool
     flow: bool
 
@@ -61,6 +68,7 @@ class Native:
 
     name = "native"
     format: Literal["msgpack", "json"] = "msgpack"
+    push_format: Literal["msgpack", "json"] = "msgpack"
     named = False
     flow = True
 

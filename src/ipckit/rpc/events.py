@@ -27,7 +27,13 @@ class Hello(msgspec.Struct, gc=False):
 
 
 class Call(msgspec.Struct, gc=False):
-    """Client: begin. `id` 0 wants no answer. `method` is a method or a message type. `ttl`: seconds that it may take."""
+    """Client: begin. `id` 0 wants no answer. `method` is a method or a message type. `ttl`: seconds that it may take.
+
+    Attributes:
+        stream: the client expects a stream (True) or a single answer (False); None: whatever the contract says.
+        oneway: the answer is that the call was accepted, not what came of it.
+        reply_to: the result goes there: to this target, or to the subscribers of this name.
+    """
 
     id: int
     target: str
@@ -35,6 +41,22 @@ class Call(msgspec.Struct, gc=False):
     body: bytes
     ttl: float | None = None
     metadata: Mapping[str, str] = _NOTHING
+    stream: bool | None = None
+    oneway: bool = False
+    reply_to: str = ""
+
+
+class Malformed(msgspec.Struct, gc=False):
+    """Client: something that could not be read. It is answered, and costs nothing more."""
+
+    id: int
+    why: str
+
+
+class Accepted(msgspec.Struct, gc=False):
+    """Server: a call that is `oneway` has found its handler."""
+
+    id: int
 
 
 class Result(msgspec.Struct, gc=False):
@@ -130,6 +152,8 @@ class Discovered(msgspec.Struct, gc=False):
 Event: TypeAlias = (
     Hello
     | Call
+    | Malformed
+    | Accepted
     | Result
     | Failure
     | Item

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import typing
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from ..errors import ProtocolError
 from . import events
+from ._rate import Bucket
 from .dialects import Dialect, Native
+from .envelope import Envelope
 from .events import WINDOW, Event, Failure
 
 _UNLIMITED = 1 << 62
@@ -57,7 +60,7 @@ class ServerCall(_Stream):
         credit: bytes of items that may be sent; send while it is above zero.
     """
 
-    __slots__ = ("body", "cancelled", "metadata", "method", "reply", "target")
+    __slots__ = ("body", "cancelled", "metadata", "method", "oneway", "reply", "reply_to", "stream", "target")
 
     def __init__(self, event: events.Call, credit: int, now: float) -> None:
         super().__init__(event.id, credit, None if event.ttl is None else now + event.ttl)
@@ -66,6 +69,9 @@ class ServerCall(_Stream):
         self.body = event.body
         self.metadata = event.metadata
         self.reply = event.id != 0
+        self.stream = event.stream
+        self.oneway = event.oneway
+        self.reply_to = event.reply_to
         self.cancelled: str | None = None
 
 
@@ -175,6 +181,15 @@ class _Core(Generic[C]):
 
 # -- the server's side ------------------------------------------------------------------------------------------------
 
+#: What a client may be refused. The other events belong to calls that were let in.
+_Asking: TypeAlias = (
+    events.Call | events.Subscribe | events.Unsubscribe | events.Discover | events.Heartbeat | events.Malformed
+)
+_ASKING = typing.get_args(_Asking)
+
+#: What a core counts.
+CORE_COUNTS = ("rate_limited", "shutdown_rejections", "backpressure_rejections", "subscriptions_processed")
+
 
 class Started(NamedTuple):
     """A new call: run its handler, and tell the core what comes of it; at the end `finish` it."""
@@ -192,6 +207,10 @@ class ServerCore(_Core[ServerCall]):
     """One client's connection, at the server.
 
     `targets`: asked for the fingerprints when a client says hello. `max_calls`: handlers that may run for this client at once.
+    `rate`: what it may ask for. `counts`: where refusals and subscriptions are counted.
+
+    Attributes:
+        freed: calls that were waiting for the answers before theirs, and may go on; for the shell, to tell and to clear.
     """
 
     def __init__(
@@ -201,8 +220,14 @@ class ServerCore(_Core[ServerCall]):
         targets: Callable[[], Mapping[str, str]] = dict,
         window: int = WINDOW,
         max_calls: int = 1000,
+        rate: Bucket | None = None,
+        counts: dict[str, int] | None = None,
     ) -> None:
         super().__init__(dialect or Native(), window)
+        self._envelope = dialect if isinstance(dialect, Envelope) else None
+        self._rate = rate
+        self._counts = counts if counts is not None else dict.fromkeys(CORE_COUNTS, 0)
+        self.freed: list[ServerCall] = []
         self._targets = targets
         self._max_calls = max_calls
         self.leaving = False
@@ -212,8 +237,24 @@ class ServerCore(_Core[ServerCall]):
         """Raises ProtocolError; the connection is to be closed then."""
         happened: list[Started | Changed | events.Discover] = []
         for event in self.dialect.decode(frame):
-            self._heard(event, now, happened)
+            if not isinstance(event, _ASKING) or self._admitted(event, now):
+                self._heard(event, now, happened)
         return happened
+
+    def _admitted(self, event: _Asking, now: float) -> bool:
+        """First it matters whether we are leaving, then the rate, and only then what was asked."""
+        id = 0 if isinstance(event, events.Heartbeat) else event.id
+        if self.leaving:
+            if isinstance(event, events.Heartbeat):
+                return True
+            self._refuse(id, "SHUTTING_DOWN", "the server takes no new calls")
+            return False
+        if self._rate is None or not (wait := self._rate.take(now)):
+            return True
+        self._counts["rate_limited"] += 1
+        if id or isinstance(event, events.Heartbeat):
+            self._say(Failure(id, "RATE_LIMITED", "more requests than the server allows", retry_after=wait))
+        return False
 
     def _heard(self, event: Event, now: float, happened: list[Started | Changed | events.Discover]) -> None:
         call: ServerCall | None = None
@@ -241,6 +282,8 @@ class ServerCore(_Core[ServerCall]):
             self._subscription(event)
         elif isinstance(event, events.Discover):
             happened.append(event)
+        elif isinstance(event, events.Malformed):
+            self._say(Failure(event.id, "CODEC", event.why))
         else:
             raise ProtocolError(f"a client sent {type(event).__name__}")
         if call is not None:
@@ -255,17 +298,35 @@ class ServerCore(_Core[ServerCall]):
         elif len(self.calls) >= self._max_calls:
             self._refuse(event.id, "TARGET_BUSY", f"{len(self.calls)} calls of this connection are under way")
         else:
-            call = ServerCall(event, self._peer_window, now)
+            held = self._envelope is not None and self._envelope.waits(event.id)
+            call = ServerCall(event, 0 if held else self._peer_window, now)
             if call.reply:
                 self._register(call)
             return call
         return None
 
+    def _say(self, event: Event) -> None:
+        super()._say(event)
+        if self._envelope is not None:
+            for id in self._envelope.released():
+                if (call := self.calls.get(id)) is not None:
+                    call.credit = _UNLIMITED
+                    self.freed.append(call)
+
+    def accept(self, call: ServerCall) -> None:
+        """It has found its handler. Where it is `oneway`, its caller hears no more, and may go."""
+        if call.oneway:
+            self._say(events.Accepted(call.id))
+            call.reply = False
+            self.calls.pop(call.id, None)
+
     def _refuse(self, id: int, code: str, why: str) -> None:
+        self._counts["shutdown_rejections" if code == "SHUTTING_DOWN" else "backpressure_rejections"] += 1
         if id:
             self._say(Failure(id, code, why))
 
     def _subscription(self, event: events.Subscribe | events.Unsubscribe) -> None:
+        self._counts["subscriptions_processed"] += 1
         if isinstance(event, events.Subscribe):
             self.subscribed.update(event.types)
         else:

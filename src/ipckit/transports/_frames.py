@@ -34,6 +34,7 @@ class FrameDecoder:
     """Bytes in by `feed`, frames out by `next`. Memory grows with what came, not with what a prefix announces."""
 
     def __init__(self, limit: int) -> None:
+        self.uncounted = 0  # bytes of a frame that its length does not count: a header of the peer's protocol
         self._limit = limit
         self._buffer = bytearray()
         self._start = 0
@@ -44,14 +45,25 @@ class FrameDecoder:
             self._start = 0
         self._buffer += data
 
+    def glance(self, count: int) -> bytes | None:
+        """The next bytes, which stay, or None. Raises FrameTooLong."""
+        if len(self._buffer) - self._start >= HEADER_SIZE:
+            self._check_size()
+        seen = bytes(self._buffer[self._start : self._start + count])
+        return seen if len(seen) == count else None
+
+    def _check_size(self) -> int:
+        counted: int = _HEADER.unpack_from(self._buffer, self._start)[0]
+        if counted > self._limit:
+            raise FrameTooLong(f"length prefix {counted} is above the limit of {self._limit}")
+        return counted + self.uncounted
+
     def next(self) -> bytes | None:
         """The next whole frame, or None. Raises FrameTooLong, as soon as the prefix is here."""
         start = self._start + HEADER_SIZE
         if len(self._buffer) < start:
             return None
-        (size,) = _HEADER.unpack_from(self._buffer, self._start)
-        if size > self._limit:
-            raise FrameTooLong(f"length prefix {size} is above the limit of {self._limit}")
+        size = self._check_size()
         if len(self._buffer) < start + size:
             return None
         with memoryview(self._buffer) as view:
@@ -67,7 +79,7 @@ class FrameDecoder:
         """What is here ends inside a frame."""
         at = self._start
         while len(self._buffer) - at >= HEADER_SIZE:
-            at += HEADER_SIZE + _HEADER.unpack_from(self._buffer, at)[0]
+            at += HEADER_SIZE + self.uncounted + _HEADER.unpack_from(self._buffer, at)[0]
         return at != len(self._buffer)
 
 

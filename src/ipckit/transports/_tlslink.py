@@ -12,6 +12,7 @@ import select
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 from .. import errors
@@ -50,6 +51,7 @@ class TlsLink:
             raise errors.BadUrl(f"{server_name!r} cannot be the name in a certificate", url=url) from error
         self._mutex = threading.Lock()
         self._decoder = FrameDecoder(limit)
+        self._uncounted_out = 0
         self._rest: list[memoryview] = []  # of the one accepted frame that has not all gone out
         self._end: errors.IpcError | None = None  # nothing more will come
         self._broken: errors.IpcError | None = None  # nothing more will go
@@ -89,7 +91,7 @@ class TlsLink:
 
     def try_send(self, frame: Buffer) -> bool:
         view = memoryview(frame).cast("B")
-        if view.nbytes > self._limit:
+        if view.nbytes > self._limit + self._uncounted_out:
             raise errors.MessageTooLarge(
                 f"{view.nbytes} bytes, and {self._limit} is the limit",
                 url=self._url,
@@ -101,7 +103,7 @@ class TlsLink:
             if not self._flush("send"):
                 return False
             # One record for a small frame; the header goes with the first record of a large one, which is not copied.
-            first = header(view.nbytes) + bytes(view[: _RECORD - HEADER_SIZE])
+            first = header(view.nbytes - self._uncounted_out) + bytes(view[: _RECORD - HEADER_SIZE])
             self._rest = [memoryview(first), view[_RECORD - HEADER_SIZE :]]
             if not self._flush("send"):
                 self._rest = [memoryview(bytes(part)) for part in self._rest]  # the caller's buffer is the caller's
@@ -147,6 +149,15 @@ class TlsLink:
     # -- receiving
 
     def try_recv(self) -> bytes | None:
+        return self._receive(self._decoder.next)
+
+    def try_glance(self, count: int, /) -> bytes | None:
+        return self._receive(lambda: self._decoder.glance(count))
+
+    def reframe(self, uncounted_in: int, uncounted_out: int, /) -> None:
+        self._decoder.uncounted, self._uncounted_out = uncounted_in, uncounted_out
+
+    def _receive(self, take: Callable[[], bytes | None]) -> bytes | None:
         with self._mutex:
             self._check_open("recv")
             if self._rest and self._broken is None:
@@ -154,7 +165,7 @@ class TlsLink:
                     self._flush("recv")
             while True:
                 try:
-                    frame = self._decoder.next()
+                    frame = take()
                 except FrameTooLong as error:
                     raise self._over(errors.ProtocolError(str(error)), error) from error
                 if frame is not None:
