@@ -45,13 +45,25 @@ class AsyncServer(BaseServer):
         max_concurrent: int = 10_000,
         max_per_connection: int = 1000,
         tracebacks: bool = False,
+        connection_timeout: float | None = 30.0,
+        requests_per_second: float | None = None,
+        burst_size: int | None = None,
         interceptors: Sequence[ServerInterceptor] = (),
         require: Collection[str] = (),
     ) -> None:
         self._opened = Place(where, require, "serve")
         self.url = self._opened.url
         self._services = services
-        self._serving = ServerOptions(workers, max_connections, max_concurrent, max_per_connection, tracebacks)
+        self._serving = ServerOptions(
+            workers,
+            max_connections,
+            max_concurrent,
+            max_per_connection,
+            tracebacks,
+            connection_timeout,
+            requests_per_second,
+            burst_size,
+        )
         self._interceptors = tuple(interceptors)
         self._timeout = timeout
         self._watcher: asyncio.Task[None] | None = None

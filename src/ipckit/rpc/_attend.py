@@ -198,7 +198,8 @@ class Attendance:
 
     def _plain(self, conn: ServerConnection) -> bool:
         """Its calls can be read here, and nobody wants to see them first."""
-        return type(conn.core.dialect) is Native and not self._engine.interceptors
+        engine = self._engine
+        return type(conn.core.dialect) is Native and not engine.interceptors and not engine.options.requests_per_second
 
     def _failed(self, id: int, exposed: Exposed, error: BaseException) -> bytes:
         trace = error.__traceback__

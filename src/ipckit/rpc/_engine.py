@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -28,11 +27,13 @@ from ._connection import BROKEN
 from ._crew import Crew
 from ._exposed import Exposed, Services
 from ._limits import COUNTS, ServerOptions, ShutdownReport
+from ._reception import Reception, farewell
+from ._reply_to import known
 from ._serving import Job
 from ._session import ServerConnection
 from .context import CallContext
 from .dialects import Dialect, Native
-from .protocol import Changed, ServerCall, ServerCore, Started
+from .protocol import Changed, ServerCall, Started
 
 __all__ = ["Engine", "ServerOptions", "ShutdownReport"]
 
@@ -68,6 +69,7 @@ class Engine:
         self._threads = threads
         self._dialect = dialect
         self._attendance = Attendance(self)
+        self._reception = Reception(self)
         self._connections: set[ServerConnection] = set()
         self._returned: deque[ServerConnection] = deque()  # to be heard, flushed and watched, or buried
         self._timed: set[ServerConnection] = set()
@@ -129,27 +131,21 @@ class Engine:
             self._admit(link)
 
     def _admit(self, link: Link) -> None:
-        core = ServerCore(
-            getattr(link, "dialect", None) or self._dialect(),  # a link may say how it is spoken to
-            targets=self.services.fingerprints,
-            max_calls=self.options.max_per_connection,
-        )
-        conn = ServerConnection(link, core, self.url)
         self.counts["connections_accepted"] += 1
-        limit = self.options.max_connections
-        if len(self._connections) >= limit:
-            core.say(events.Failure(0, "TARGET_BUSY", f"the server has {limit} connections already"))
-            with suppress(*BROKEN):
-                conn.try_flush()
-            link.close()
+        dialect = getattr(link, "dialect", None)  # a link may say how it is spoken to
+        excess = len(self._connections) >= self.options.max_connections
+        conn = self._reception.admit(link, dialect or self._dialect(), excess)
+        if conn is None:
             return
-        self._connections.add(conn)
+        if not conn.excess:
+            self._connections.add(conn)
         self._returned.append(conn)
 
     def _stir(self, conn: ServerConnection) -> None:
         """Something comes on a connection that nobody attends."""
         with conn.mutex:
-            alone = not conn.core.calls and not conn.blocked and not conn.lost
+            ours = conn.spoken and not conn.envelope
+            alone = ours and not conn.core.calls and not conn.blocked and not conn.lost
         if self._threads and alone and self.crew.spare > 0:
             self._watch.drop(conn)
             self._attendance.attend(conn)
@@ -171,6 +167,12 @@ class Engine:
                 self._bury(conn)
 
     def _settle_one(self, conn: ServerConnection) -> None:
+        if not conn.spoken and not self._reception.recognised(conn):
+            if not conn.lost:
+                self._watch.put(conn, conn.link.arm(Want.RECV))
+                if self._reception.recognised(conn):
+                    self._returned.append(conn)
+            return
         if not conn.blocked:
             self._hear(conn)
         with conn.mutex:
@@ -213,13 +215,14 @@ class Engine:
     def received(self, conn: ServerConnection, frame: bytes) -> None:
         """By the state machine. Raises ProtocolError."""
         self.counts["messages_received"] += 1
+        conn.active = now = time.monotonic()
         with conn.mutex:
-            happened = conn.core.receive(frame, time.monotonic())
+            happened = conn.core.receive(frame, now)
             if conn.core.next_deadline is not None:
                 self._timed.add(conn)
         for each in happened:
             if isinstance(each, Started):
-                self._start(conn, each.call)
+                self.start(conn, each.call)
             elif isinstance(each, Changed):
                 each.call.changed()
             else:
@@ -236,13 +239,15 @@ class Engine:
         """Send what can be sent; the rest goes out when there is room. From any thread."""
         try:
             with conn.mutex:
-                if conn.lost or (not conn.core.outbox and not conn.blocked and conn.link.try_flush()):
-                    return
-                before, conn.blocked = conn.blocked, not conn.try_flush()
+                freed, conn.core.freed = conn.core.freed, []
+                idle = conn.lost or (not conn.core.outbox and not conn.blocked and conn.link.try_flush())
+                before, conn.blocked = conn.blocked, not idle and not conn.try_flush()
                 stuck = conn.blocked and not before and conn.attendant is None
         except BROKEN as error:
             self.lose(conn, error)
             return
+        for call in freed:
+            call.changed()
         if stuck:
             self.returned(conn)
         if before and not conn.blocked:
@@ -267,28 +272,57 @@ class Engine:
         if self._attendance.busy:
             self._attendance.relieve()
             dues.append(now + TICK)
-        return min(dues, default=None)
+        return min([*dues, *self._reception.chores(now)], default=None)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def _start(self, conn: ServerConnection, call: ServerCall) -> None:
+    def start(self, conn: ServerConnection, call: ServerCall, *, elsewhere: bool = False) -> events.Failure | None:
+        """Give it to its handler. Returns why not, where its caller has been told. `elsewhere`: not on the watcher's thread."""
         exposed = self.services.find(call.target, call.method)
         if exposed is None:
             refusal = self._unknown(call)
+        elif conn.envelope and (why := self._unfit(call, exposed)) is not None:
+            refusal = events.Failure(call.id, *why)
         elif not self.count_up(self.options.max_concurrent):
+            self.counts["backpressure_rejections"] += 1
             refusal = events.Failure(call.id, "TARGET_BUSY", f"{self._in_flight} calls are under way")
         else:
-            self._begin(Job(self, conn, call, exposed), exposed)
-            return
+            if call.oneway:
+                with conn.mutex:
+                    conn.core.accept(call)
+            self._begin(Job(self, conn, call, exposed), exposed, elsewhere)
+            return None
         with conn.mutex:
             conn.core.fail(call, refusal)
             conn.core.finish(call)
+        return refusal
 
-    def _begin(self, job: Job, exposed: Exposed) -> None:
+    def _unfit(self, call: ServerCall, exposed: Exposed) -> tuple[str, str] | None:
+        """What the envelope protocol cannot say, or was not asked to: a code, and why."""
+        shape = exposed.method.shape
+        if shape.streams_in:
+            return "PROTOCOL", f"{call.method} takes a stream, which this protocol has no words for"
+        if shape.streams_out and not call.stream:
+            return "PROTOCOL", f"{call.method} answers with a stream: ask for it by expects_stream"
+        if call.reply_to and call.stream:
+            return "PROTOCOL", "reply_to takes a single reply"
+        if call.reply_to and not known(self, call.reply_to):
+            return "UNKNOWN_TARGET", f"nobody is called {call.reply_to!r}, and nobody listens to it"
+        return None
+
+    def subscribed(self, type: str) -> bool:
+        """Somebody has asked for pushes of this type."""
+        return any(type in conn.core.subscribed for conn in tuple(self._connections))
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    def _begin(self, job: Job, exposed: Exposed, elsewhere: bool) -> None:
         if exposed.method.coroutine:
             assert self.loop is not None
             loop = self.loop()
-            if self._threads:
+            if self._threads or elsewhere:
                 loop.call_soon_threadsafe(job.begin, loop)
             else:
                 job.begin(loop)
@@ -304,6 +338,7 @@ class Engine:
 
     def finished(self, job: Job) -> None:
         """A call is over."""
+        job.conn.active = time.monotonic()
         self.flush(job.conn)
         self.count_down()
 
@@ -334,10 +369,12 @@ class Engine:
         _log.warning("%s: %s.%s raised", self.url, context.target, context.method, exc_info=error)
 
     def broadcast(self, type: str, value: Any) -> int:
+        if type not in self.services.pushed:
+            self.services.register(type)
         bodies: dict[str, bytes] = {}
         reached = 0
         for conn in tuple(self._connections):
-            form = conn.core.dialect.format
+            form = conn.core.dialect.push_format
             if form not in bodies:
                 bodies[form] = (msgspec.json if form == "json" else msgspec.msgpack).encode(value)
             with conn.mutex:
@@ -346,6 +383,8 @@ class Engine:
             if sent:
                 reached += 1
                 self.flush(conn)
+                if not conn.blocked:
+                    conn.active = time.monotonic()
             elif full:
                 self.counts["pushes_dropped"] += 1
         self.counts["pushes"] += reached
@@ -359,6 +398,8 @@ class Engine:
             if conn.lost:
                 return
             conn.lost = True
+            if conn.envelope and isinstance(error, errors.ProtocolError):
+                farewell(conn, error)
             cancelled = conn.core.lost()
         level = logging.WARNING if isinstance(error, errors.ProtocolError) else logging.DEBUG
         _log.log(level, "%s: lost a client: %s", self.url, error.message)
@@ -375,12 +416,20 @@ class Engine:
         conn.close()
 
     def stats(self) -> Mapping[str, int]:
+        active, calls, in_flight = len(self._connections), self.counts["calls"] + self._attendance.calls, self.in_flight
         return {
             **self.counts,
-            "calls": self.counts["calls"] + self._attendance.calls,
+            "calls": calls,
             "messages_received": self.counts["messages_received"] + self._attendance.calls,
-            "connections_active": len(self._connections),
-            "in_flight": self.in_flight,
+            "errors": self.counts["errors"] + self.counts["protocol_errors"],
+            "connections_active": active,
+            "in_flight": in_flight,
+            # The names of the envelope protocol: the seed's, and those of its versioned successor.
+            "active_connections": active,
+            "messages_processed": calls,
+            "messages_routed": calls + in_flight,
+            "in_flight_requests": in_flight,
+            "push_notifications_sent": self.counts["pushes"],
         }
 
     @property
@@ -425,7 +474,7 @@ class Engine:
             self._released = True
             self._watch.close()
         self.listener.close()
-        for conn in tuple(self._connections):
+        for conn in (*self._connections, *self._reception.waiting()):
             with conn.mutex:
                 conn.lost = True
                 cancelled = conn.core.lost("shutdown")

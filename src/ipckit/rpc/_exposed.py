@@ -9,6 +9,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from .. import errors
 from .contract import Contract, Method, Service, Wire, contract_of, rpc
 
@@ -54,6 +56,7 @@ class Services:
     def __init__(self) -> None:
         self.contracts: Mapping[str, Contract] = {}
         self.table: Mapping[bytes, Exposed] = {}
+        self.pushed: frozenset[str] = frozenset()  # types of messages that are pushed
         self.expose(BUILT_IN, _BuiltIn(self))
 
     def expose(self, target: str, service: Any) -> None:
@@ -83,13 +86,30 @@ class Services:
         """The contracts of what is exposed, by target."""
         return {name: each.fingerprint for name, each in self.contracts.items() if name != BUILT_IN}
 
+    def register(self, name: str) -> None:
+        """Messages of this type are pushed."""
+        self.pushed |= {name}
+
     def message_types(self) -> list[str]:
-        """The message types that something answers to."""
-        return sorted({name for contract in self.contracts.values() for name in contract.messages})
+        """The message types that something answers to, methods that take no message, and the types that are pushed."""
+        methods = [method for contract in self.contracts.values() for method in contract.methods.values()]
+        return sorted({*self.pushed, *(method.message or method.name for method in methods)})
+
+    def is_registered(self, name: str) -> bool:
+        """Something answers to this message type or method, or it is pushed."""
+        return name in self.pushed or any(contract.find(name) for contract in self.contracts.values())
 
 
 def _is_function(service: Any) -> bool:
     return isinstance(service, types.FunctionType | types.MethodType)
+
+
+class HealthCheck(msgspec.Struct):
+    """The question whether a server is well: `ipckit` answers to it."""
+
+
+class HealthStatus(msgspec.Struct):
+    status: str = "ok"
 
 
 class _BuiltIn(Service):
@@ -105,6 +125,11 @@ class _BuiltIn(Service):
         if found is None:
             raise errors.UnknownTarget(f"nothing is exposed as {target!r}")
         return found.describe()
+
+    @rpc(idempotent=True, inline=True)
+    def health(self, check: HealthCheck) -> HealthStatus:
+        """It listens, and answers."""
+        return HealthStatus()
 
     @rpc(idempotent=True, inline=True)
     def targets(self) -> dict[str, str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import errors
+from .protocol import CORE_COUNTS
+
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
@@ -14,6 +17,10 @@ class ServerOptions:
         max_connections: more are told that it is full, and closed.
         max_concurrent: calls under way in all; more are refused with TargetBusy.
         max_per_connection: the same, for each client.
+        connection_timeout: seconds after which a client of the envelope protocol that says nothing, hears nothing and waits for
+            nothing is let go, and any client that has not begun to speak; None: never.
+        requests_per_second: what each client may ask in the long run; None: as much as it likes.
+        burst_size: what it may ask at once; None: what it may ask in a second.
         tracebacks: callers are sent the traceback of what a handler raised.
     """
 
@@ -22,6 +29,15 @@ class ServerOptions:
     max_concurrent: int = 10_000
     max_per_connection: int = 1000
     tracebacks: bool = False
+    connection_timeout: float | None = 30.0
+    requests_per_second: float | None = None
+    burst_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("connection_timeout", "requests_per_second", "burst_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise errors.BadOption(f"{name} is {value!r}, and has to be more than 0, or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +58,7 @@ COUNTS = (
     "protocol_errors",
     "pushes",
     "pushes_dropped",
+    "connections_refused",
+    "connections_idle_closed",
+    *CORE_COUNTS,
 )

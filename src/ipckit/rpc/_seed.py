@@ -18,6 +18,8 @@ from . import events
 from .envelope import NAMES, Asked, Questions, code_of, text_of
 from .events import Event
 
+#: What the id of a stream begins with when its client gave none.
+_OURS = "stream-"
 _JSON_BEGINS = frozenset(b"{ \t\r\n")
 _MAP_BEGINS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 
@@ -40,6 +42,14 @@ class _Named(msgspec.Struct):
     """What can be saved of a body that is wrong: whose it is."""
 
     request_id: str | None = None
+
+
+class _Sent(msgspec.Struct):
+    """What tells our own frames apart."""
+
+    request_id: str | None = None
+    stream_id: str | None = None
+    notification_type: str | None = None
 
 
 class _Response(msgspec.Struct):
@@ -75,6 +85,7 @@ class Seed:
     _begins: frozenset[int]
     _said: Callable[[bytes], _Said]
     _whose: Callable[[bytes], _Named]
+    _sent: Callable[[bytes], _Sent]
     _written: Callable[[Any], bytes]
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -158,6 +169,8 @@ class Seed:
         if isinstance(event, events.End):
             return self._items(event.id, asked, final=True)
         if isinstance(event, events.Failure):
+            if event.code == "TOO_LARGE":  # the item before the one that is held has not gone out
+                asked.held = None
             return [*self._items(event.id, asked, final=False), self._failure(asked.correlation, event, asked.about)]
         if asked.kind == "stream":  # one value, for who expects a stream
             asked.held = event.body
@@ -172,13 +185,20 @@ class Seed:
         if body is None and not final:
             return []
         payload = None if body is None else msgspec.Raw(body)
-        frame = _StreamFrame(asked.correlation or f"stream-{id}", asked.sequence, payload, final)
+        frame = _StreamFrame(asked.correlation or f"{_OURS}{id}", asked.sequence, payload, final)
         asked.sequence += 1
         return [self._written(frame)]
 
     def _failure(self, correlation: str | None, failure: events.Failure, about: str) -> bytes:
         text = f"{about} is not registered" if failure.code == "UNKNOWN_METHOD" and about else text_of(failure)
         return self._written(_Response(correlation, False, None, f"{NAMES[code_of(failure)].seed}: {text}"))
+
+    def whose(self, frame: bytes) -> int:
+        said = self._sent(frame)
+        if said.notification_type is not None:
+            return 0
+        own = said.stream_id is not None and said.stream_id.startswith(_OURS)  # for a client that gave none
+        return self._questions.blamed(None if own else said.stream_id or said.request_id)
 
     def turn_away(self, limit: int) -> Sequence[bytes]:
         return self.encode(events.Failure(0, "CONNECTION_LIMIT", f"the server has {limit} connections already"))
@@ -190,6 +210,7 @@ class SeedJson(Seed):
     _begins = _JSON_BEGINS
     _said = msgspec.json.Decoder(_Said).decode
     _whose = msgspec.json.Decoder(_Named).decode
+    _sent = msgspec.json.Decoder(_Sent).decode
     _written = msgspec.json.Encoder().encode
 
 
@@ -199,4 +220,5 @@ class SeedMsgpack(Seed):
     _begins = _MAP_BEGINS
     _said = msgspec.msgpack.Decoder(_Said).decode
     _whose = msgspec.msgpack.Decoder(_Named).decode
+    _sent = msgspec.msgpack.Decoder(_Sent).decode
     _written = msgspec.msgpack.Encoder().encode

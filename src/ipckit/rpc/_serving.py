@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .. import errors
 from . import failures
 from ._exposed import Exposed
+from ._reply_to import deliver
 from ._tracing import surroundings
 from .context import CallContext, overdue
 from .contract import unwritable
@@ -56,6 +57,8 @@ class Job:
         if self.context.remaining == 0.0:  # a result that is too late is none, whatever the handler made of it
             raise overdue()
         body = self.encoded(value)
+        if self.call.reply_to:
+            body = deliver(self.engine, self.conn, self.call.reply_to, value, body)
         with self.conn.mutex:
             self.conn.core.result(self.call, body)
         self.done()

@@ -35,7 +35,10 @@ class ServerConnection:
         self.gate = Gate(url, lambda: None)  # where a worker waits for a link that is not fused
         self.blocked = False  # something waits to be sent
         self.lost = False
-        self.since = time.monotonic()
+        self.since = self.active = time.monotonic()  # accepted; last heard or spoken to
+        self.spoken = True  # it is known what it speaks
+        self.envelope = False  # that is not ours
+        self.excess = False  # it is one too many, and is to be told so
 
     def roomy(self, call: ServerCall) -> bool:
         """A producer may go on."""

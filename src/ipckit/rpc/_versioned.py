@@ -282,6 +282,11 @@ class Versioned:
         code = NAMES[code_of(failure)].versioned
         return _frame(ERROR, _Response(correlation, False, text_of(failure), code), self._spoken)
 
+    def whose(self, frame: bytes) -> int:
+        if frame[1] in (PUSH, HEARTBEAT):
+            return 0
+        return self._questions.blamed(_CODECS[frame[2]].whose(frame[_HEADER:]).correlation_id)
+
     def turn_away(self, limit: int) -> Sequence[bytes]:
         text = f"the server has {limit} connections already"
         code = NAMES["CONNECTION_LIMIT"].versioned

@@ -105,6 +105,7 @@ class Asked(msgspec.Struct, gc=False):
 
     Attributes:
         correlation: the client's own name for it; None: it gave none.
+        ordered: its answers come after those of earlier questions.
         about: the message type, for words about it.
         frames: answers that wait for those of earlier questions.
         held: the last item of a stream, until it is known whether it was the last.
@@ -113,6 +114,7 @@ class Asked(msgspec.Struct, gc=False):
     correlation: str | None
     about: str = ""
     kind: Literal["call", "stream", "oneway", "subscription", "discovery"] = "call"
+    ordered: bool = False
     sequence: int = 0
     held: bytes | None = None
     frames: list[bytes] = []
@@ -133,7 +135,17 @@ class Questions:
         id = next(self._ids)
         self._asked[id] = asked
         if self._ordered and asked.correlation is None:
+            asked.ordered = True
             self._order.append(id)
+        return id
+
+    def blamed(self, correlation: str | None) -> int:
+        """The question that a frame of ours answered, which turns out not to be sendable: something else has to be said."""
+        for id, asked in self._asked.items():
+            if asked.kind == "stream" and asked.sequence and asked.correlation == correlation:
+                return id
+        id = next(self._ids)  # its question is forgotten already; the turn is its own, so it does not wait for another
+        self._asked[id] = Asked(correlation)
         return id
 
     def get(self, id: int) -> Asked | None:
@@ -141,7 +153,7 @@ class Questions:
 
     def waits(self, id: int) -> bool:
         asked = self._asked.get(id)
-        return asked is not None and asked.correlation is None and self._ordered and self._order[0] != id
+        return asked is not None and asked.ordered and self._order[0] != id
 
     def released(self) -> Sequence[int]:
         found, self._released = self._released, []
@@ -152,7 +164,7 @@ class Questions:
         asked = self._asked[id]
         if last:
             asked.complete = True
-        if asked.correlation is not None or not self._ordered:
+        if not asked.ordered:
             if last:
                 del self._asked[id]
             return frames
@@ -188,6 +200,9 @@ class Unspoken:
 
     def encode(self, event: Event) -> Sequence[bytes]:
         return ()
+
+    def whose(self, frame: bytes) -> int:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,12 +74,28 @@ class BaseServer(Endpoint):
         """
         return self._engine.broadcast(type or value.__class__.__name__, value)
 
+    def register(self, *types: type | str) -> None:
+        """Make known that messages of these types are pushed. `broadcast` does it for what it is given; this does it before."""
+        for each in types:
+            self._engine.services.register(each if isinstance(each, str) else each.__name__)
+
+    def is_registered(self, name: str) -> bool:
+        """Something answers to messages of this type (or is a method of this name), or they are pushed."""
+        return self._engine.services.is_registered(name)
+
+    def registered_types(self) -> tuple[str, ...]:
+        """The types of messages that are answered or pushed, and the methods that take arguments instead of a message."""
+        return tuple(self._engine.services.message_types())
+
     def targets(self) -> tuple[str, ...]:
         """What is exposed."""
         return tuple(self._engine.services.fingerprints())
 
     def stats(self) -> Mapping[str, int]:
-        """Counts since the start: connections, messages, calls, errors, pushes; and what is under way now."""
+        """Counts since the start: connections, messages, calls, errors, refusals, pushes; and what is under way now.
+
+        Some stand there twice, under the names of the envelope protocol as well: docs/howto/listener.md lists them.
+        """
         return self._engine.stats()
 
 
@@ -102,11 +118,23 @@ class Server(BaseServer):
         max_concurrent: int = 10_000,
         max_per_connection: int = 1000,
         tracebacks: bool = False,
+        connection_timeout: float | None = 30.0,
+        requests_per_second: float | None = None,
+        burst_size: int | None = None,
         interceptors: Sequence[ServerInterceptor] = (),
         require: Collection[str] = (),
     ) -> None:
         opened = Place(where, require, "serve")
-        options = ServerOptions(workers, max_connections, max_concurrent, max_per_connection, tracebacks)
+        options = ServerOptions(
+            workers,
+            max_connections,
+            max_concurrent,
+            max_per_connection,
+            tracebacks,
+            connection_timeout,
+            requests_per_second,
+            burst_size,
+        )
         listener = opened.run(opened.listen(), timeout)
         try:
             super().__init__(opened, listener, services, options, interceptors, threads=True)
@@ -217,7 +245,8 @@ def serve(
             class's name in lower case (a function under its own).
         ready: called with the server once it can be reached.
         options: those of `Server`: `timeout` (seconds for taking the address), `workers`, `max_connections`, `max_concurrent`,
-            `max_per_connection`, `tracebacks`, `interceptors`, `require`.
+            `max_per_connection`, `tracebacks`, `connection_timeout`, `requests_per_second`, `burst_size` (`ServerOptions` tells
+            what they mean), `interceptors`, `require`.
 
     Raises: AddressInUse, and what opening a transport raises; ConfigError for a service whose annotations cannot be read.
     """
