@@ -173,6 +173,8 @@ class Attendance:
                 engine.received(conn, frame)
                 worker.holding = False
                 plain = self._plain(conn)
+                if conn.flooding:
+                    return
                 continue
             worker.began = time.monotonic() if ttl else 0.0
             worker.exposed = exposed

@@ -19,7 +19,7 @@ import msgspec
 
 from .. import errors
 from .._linkwatch import Watch
-from .._spi import Abandoning, Link, Listener, Steps, Want
+from .._spi import Abandoning, Link, Listener, Steps, Wait, Want
 from .._url import Url
 from . import events
 from ._attend import TICK, Attendance
@@ -30,7 +30,7 @@ from ._limits import COUNTS, ServerOptions, ShutdownReport
 from ._reception import Reception, farewell
 from ._reply_to import known
 from ._serving import Job
-from ._session import ServerConnection
+from ._session import PAUSE, ServerConnection
 from .context import CallContext
 from .dialects import Dialect, Native
 from .protocol import Changed, ServerCall, Started
@@ -178,11 +178,14 @@ class Engine:
         with conn.mutex:
             before, conn.blocked = conn.blocked, not conn.try_flush()
             want = Want.RECV | Want.SEND if conn.blocked else Want.RECV
-            if conn.overfull():
+            flooding = conn.flooding
+            if conn.overfull() or flooding:
                 want = Want.SEND
             if conn.core.next_deadline is not None:
                 self._timed.add(conn)
-            self._watch.put(conn, conn.link.arm(want))
+            if flooding:
+                conn.core.refused = 0
+            self._watch.put(conn, Wait((), PAUSE) if flooding and not conn.blocked else conn.link.arm(want))
         if before and not conn.blocked:
             self._roomy(conn)
         if want & Want.RECV and (self._hear(conn) or self._look(conn)):
@@ -201,6 +204,8 @@ class Engine:
             if frame is None:
                 return taken > 0
             self.received(conn, frame)
+            if conn.flooding:
+                break
         return True
 
     def _look(self, conn: ServerConnection) -> bool:

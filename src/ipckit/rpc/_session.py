@@ -21,6 +21,9 @@ BACKLOG = 4 << 20
 #: How long a thread that produces a stream may wait for room in its link, in seconds, before it is put to better use.
 PATIENCE = 0.005
 
+#: Who has been refused so often above its rate is not heard for so many seconds: refusing costs time that is others'.
+REFUSALS, PAUSE = 16, 0.005
+
 
 class ServerConnection:
     """`mutex` guards the core, its outbox, and who attends it."""
@@ -47,6 +50,11 @@ class ServerConnection:
     def overfull(self) -> bool:
         """It does not read what it asked for. With the mutex held."""
         return self.blocked and sum(map(len, self.core.outbox)) > BACKLOG
+
+    @property
+    def flooding(self) -> bool:
+        """It asks for more than it may, again and again."""
+        return self.core.refused >= REFUSALS
 
     def try_flush(self) -> bool:
         """Send what the core has to say, with the mutex held.

@@ -210,6 +210,7 @@ class ServerCore(_Core[ServerCall]):
     `rate`: what it may ask for. `counts`: where refusals and subscriptions are counted.
 
     Attributes:
+        refused: requests above the rate, since the shell last set it to 0.
         freed: calls that were waiting for the answers before theirs, and may go on; for the shell, to tell and to clear.
     """
 
@@ -227,6 +228,7 @@ class ServerCore(_Core[ServerCall]):
         self._envelope = dialect if isinstance(dialect, Envelope) else None
         self._rate = rate
         self._counts = counts if counts is not None else dict.fromkeys(CORE_COUNTS, 0)
+        self.refused = 0
         self.freed: list[ServerCall] = []
         self._targets = targets
         self._max_calls = max_calls
@@ -252,6 +254,7 @@ class ServerCore(_Core[ServerCall]):
         if self._rate is None or not (wait := self._rate.take(now)):
             return True
         self._counts["rate_limited"] += 1
+        self.refused += 1
         if id or isinstance(event, events.Heartbeat):
             self._say(Failure(id, "RATE_LIMITED", "more requests than the server allows", retry_after=wait))
         return False
