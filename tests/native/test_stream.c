@@ -500,9 +500,47 @@ static void waiting_to_receive_drives_the_rest_out(void)
     close_end(&ends[1]);
 }
 
+static void a_header_that_the_length_does_not_count(void)
+{
+    struct end end;
+    struct stream_view view;
+    int raw = open_raw(&end);
+    CHECK(stream_fill(&end.in) == STREAM_AGAIN && stream_glance(&end.in, 5) == NULL);
+    feed(raw, "\0\0\0\0\2\4", 6);
+    CHECK(stream_fill(&end.in) == STREAM_OK);
+    CHECK(stream_glance(&end.in, 7) == NULL && !memcmp(stream_glance(&end.in, 5), "\0\0\0\0\2", 5));
+    end.in.uncounted = 3;
+    CHECK(stream_peek(&end.in, &view) == STREAM_AGAIN);
+    feed(raw, "\1\0\0\0\2\2\1\1{}", 10);
+    CHECK(stream_fill(&end.in) == STREAM_OK);
+    CHECK(stream_peek(&end.in, &view) == STREAM_FRAME && view.size == 3 && !memcmp(view.data, "\2\4\1", 3));
+    stream_take(&end.in, &view);
+    CHECK(stream_peek(&end.in, &view) == STREAM_FRAME && view.size == 5 && !memcmp(view.data, "\2\1\1{}", 5));
+    stream_take(&end.in, &view);
+
+    /* A large frame: its memory has to hold the header too. */
+    unsigned char *memory = malloc(LIMIT + 3);
+    size_t size;
+    feed(raw, "\0\x10\0\0\2\1\1", 7);
+    CHECK(stream_fill(&end.in) == STREAM_OK && stream_peek(&end.in, &view) == STREAM_LARGE);
+    CHECK(stream_announced(&end.in, &size) && size == LIMIT + 3);
+    stream_target(&end.in, memory);
+    for (size_t sent = 0; sent < LIMIT; sent += 4096) {
+        unsigned char page[4096] = {(unsigned char)(sent >> 12)};
+        feed(raw, page, sizeof page);
+        CHECK(stream_fill(&end.in) == STREAM_OK);
+    }
+    CHECK(stream_peek(&end.in, &view) == STREAM_FRAME && view.size == LIMIT + 3 && view.data[LIMIT + 3 - 4096] == 255);
+    stream_take(&end.in, &view);
+    free(memory);
+    close_end(&end);
+    close(raw);
+}
+
 int main(void)
 {
     alarm(100);
+    RUN(a_header_that_the_length_does_not_count);
     RUN(frames_go_both_ways_on_sockets);
     RUN(frames_go_both_ways_on_pipes);
     RUN(any_split_yields_the_same_frames);

@@ -125,6 +125,28 @@ def test_without_a_request_id_answers_keep_the_order_of_the_requests():
     assert [each["payload"] for each in said(speaker.encode(events.Result(second, b"2")))] == [2, 3]
 
 
+@settings(deadline=None)
+@given(st.data())
+def test_any_order_of_answers_leaves_in_the_order_of_the_questions(data):
+    speaker = SeedJson()
+    asked = [ask(speaker, expects_reply=True) for _ in range(data.draw(st.integers(1, 8)))]
+    streams = {id for id in asked if data.draw(st.booleans())}
+    told: list[dict] = []
+    waiting = list(asked)
+    while waiting:
+        id = data.draw(st.sampled_from(waiting))
+        if id in streams and data.draw(st.booleans()):
+            told += said(speaker.encode(events.Failure(id, "TARGET_BUSY", str(id))))
+        else:
+            told += said(speaker.encode(events.Result(id, b"%d" % id)))
+        waiting.remove(id)
+        assert not waiting or not speaker.waits(min(waiting))
+        more = ask(speaker, expects_reply=True, request_id="named")
+        assert said(speaker.encode(events.Result(more, b"0")))[0]["request_id"] == "named"
+    assert [each["payload"] or int(each["error"].split()[-1]) for each in told] == asked
+    assert set(speaker.released()) <= set(asked)
+
+
 def test_a_stream_behind_another_question_waits_for_its_turn():
     core = ServerCore(SeedJson())
     question = b'{"target":"c","message_type":"M","payload":{},"expects_%s":true}'
@@ -410,6 +432,7 @@ def test_draining_comes_before_the_rate_and_the_rate_before_the_body():
     assert body_of(core.outbox.pop(), 3)["error_code"] == "SHUTTING_DOWN"
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 3), max_size=60), st.integers(1, 9), st.integers(1, 20))
 def test_a_bucket_gives_no_more_than_its_rate(pauses, rate, burst):
     bucket, now, taken = Bucket(rate, burst), 0.0, 0
@@ -516,7 +539,7 @@ def test_any_split_of_the_bytes_gives_the_same_events(conversation):
         assert left.recv(1) == b""  # no goodbye: it would be taken for a length
 
 
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(st.sampled_from(DIALECTS), st.binary(max_size=60), st.data())
 def test_no_bytes_are_worse_than_a_protocol_error(dialect, noise, data):
     whole = data.draw(FRAMES[dialect])

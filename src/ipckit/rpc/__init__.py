@@ -8,13 +8,15 @@ How the parts fit, from the ground up:
 | `compat.py` | which changes of a contract break its callers |
 | `events.py` | what the two sides say to each other, apart from how it is written |
 | `dialects.py` | frames to events and back: `Dialect`, and ours, `Native` |
+| `envelope.py` `_seed.py` `_versioned.py` | the dialects of programs that are not ipckit's; how they are told apart |
 | `protocol.py` | `ClientCore` and `ServerCore`: correlation, streams and credits, deadlines, cancellation; without I/O |
 | `failures.py` | exceptions to what travels, and back |
 | `_place.py` | a URL, or a channel in its place |
 | `_connection.py` `_calling.py` | a client's connection, and what its two shells share |
 | `client.py` `_short.py` `_results.py` | the client for threads: calls, their short way, streams and pushes |
 | `_aclient.py` `_aresults.py` | the client for tasks |
-| `_exposed.py` `_limits.py` | what a server exposes, and what it allows |
+| `_exposed.py` `_limits.py` `_rate.py` | what a server exposes, and what it allows |
+| `_reception.py` `_foreign.py` | who comes in, in which dialect; what the foreign ones ask for besides |
 | `_engine.py` `_session.py` | the server: its watcher, and one client as it sees it |
 | `_attend.py` `_serving.py` `_crew.py` | where handlers run: on the thread that receives, on a thread or a loop of their own |
 | `server.py` `_aserver.py` | its two shells |

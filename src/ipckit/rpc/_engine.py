@@ -26,9 +26,9 @@ from ._attend import TICK, Attendance
 from ._connection import BROKEN
 from ._crew import Crew
 from ._exposed import Exposed, Services
-from ._limits import COUNTS, ServerOptions, ShutdownReport
+from ._foreign import unfit
+from ._limits import COUNTS, ServerOptions, ShutdownReport, statistics
 from ._reception import Reception, farewell
-from ._reply_to import known
 from ._serving import Job
 from ._session import PAUSE, ServerConnection
 from .context import CallContext
@@ -286,7 +286,7 @@ class Engine:
         exposed = self.services.find(call.target, call.method)
         if exposed is None:
             refusal = self._unknown(call)
-        elif conn.envelope and (why := self._unfit(call, exposed)) is not None:
+        elif conn.envelope and (why := unfit(self, call, exposed)) is not None:
             refusal = events.Failure(call.id, *why)
         elif not self.count_up(self.options.max_concurrent):
             self.counts["backpressure_rejections"] += 1
@@ -301,19 +301,6 @@ class Engine:
             conn.core.fail(call, refusal)
             conn.core.finish(call)
         return refusal
-
-    def _unfit(self, call: ServerCall, exposed: Exposed) -> tuple[str, str] | None:
-        """What the envelope protocol cannot say, or was not asked to: a code, and why."""
-        shape = exposed.method.shape
-        if shape.streams_in:
-            return "PROTOCOL", f"{call.method} takes a stream, which this protocol has no words for"
-        if shape.streams_out and not call.stream:
-            return "PROTOCOL", f"{call.method} answers with a stream: ask for it by expects_stream"
-        if call.reply_to and call.stream:
-            return "PROTOCOL", "reply_to takes a single reply"
-        if call.reply_to and not known(self, call.reply_to):
-            return "UNKNOWN_TARGET", f"nobody is called {call.reply_to!r}, and nobody listens to it"
-        return None
 
     def subscribed(self, type: str) -> bool:
         """Somebody has asked for pushes of this type."""
@@ -421,21 +408,17 @@ class Engine:
         conn.close()
 
     def stats(self) -> Mapping[str, int]:
-        active, calls, in_flight = len(self._connections), self.counts["calls"] + self._attendance.calls, self.in_flight
-        return {
-            **self.counts,
-            "calls": calls,
-            "messages_received": self.counts["messages_received"] + self._attendance.calls,
-            "errors": self.counts["errors"] + self.counts["protocol_errors"],
-            "connections_active": active,
-            "in_flight": in_flight,
-            # The names of the envelope protocol: the seed's, and those of its versioned successor.
-            "active_connections": active,
-            "messages_processed": calls,
-            "messages_routed": calls + in_flight,
-            "in_flight_requests": in_flight,
-            "push_notifications_sent": self.counts["pushes"],
-        }
+        quick = self._attendance.calls
+        return statistics(
+            {
+                **self.counts,
+                "calls": self.counts["calls"] + quick,
+                "messages_received": self.counts["messages_received"] + quick,
+                "errors": self.counts["errors"] + self.counts["protocol_errors"],
+                "connections_active": len(self._connections),
+                "in_flight": self.in_flight,
+            }
+        )
 
     @property
     def in_flight(self) -> int:
@@ -492,6 +475,6 @@ class Engine:
 
     def abandon(self) -> None:
         """In a forked child."""
-        for part in (self.listener, *(conn.link for conn in self._connections)):
+        for part in (self.listener, *(conn.link for conn in (*self._connections, *self._reception.waiting()))):
             if isinstance(part, Abandoning):
                 part.abandon()

@@ -62,3 +62,14 @@ COUNTS = (
     "connections_idle_closed",
     *CORE_COUNTS,
 )
+
+
+def statistics(own: dict[str, int]) -> dict[str, int]:
+    """With the names of the envelope protocol: the seed's, and those of its versioned successor."""
+    return own | {
+        "active_connections": own["connections_active"],
+        "messages_processed": own["calls"],
+        "messages_routed": own["calls"] + own["in_flight"],
+        "in_flight_requests": own["in_flight"],
+        "push_notifications_sent": own["pushes"],
+    }

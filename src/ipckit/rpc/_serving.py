@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .. import errors
 from . import failures
 from ._exposed import Exposed
-from ._reply_to import deliver
+from ._foreign import deliver
 from ._tracing import surroundings
 from .context import CallContext, overdue
 from .contract import unwritable
