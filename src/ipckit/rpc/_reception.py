@@ -63,7 +63,7 @@ class Reception:
                 return None
             return conn
         conn = ServerConnection(link, self.core(Unspoken()), self._engine.url)
-        conn.spoken = False
+        conn.foreign, conn.spoken = link, False
         if excess:
             conn.excess = True
             if len(self._refused) >= _WAITING_ROOM:
@@ -75,8 +75,8 @@ class Reception:
 
     def recognised(self, conn: ServerConnection) -> bool:
         """It has said enough to know what it speaks. Raises ProtocolError for what nobody speaks, and as `try_recv`."""
-        link = conn.link
-        assert isinstance(link, Reframing)
+        link = conn.foreign
+        assert link is not None
         first = link.try_glance(FIRST)
         if first is None:
             return False
@@ -109,8 +109,8 @@ class Reception:
         if conn.lost:
             return
         conn.core = self.core(dialect)
-        if isinstance(dialect, Envelope) and isinstance(conn.link, Reframing):
-            conn.link.reframe(*dialect.uncounted)
+        if isinstance(dialect, Envelope) and conn.foreign is not None:
+            conn.foreign.reframe(*dialect.uncounted)
             conn.core.outbox.extend(dialect.turn_away(self._engine.options.max_connections))
             self._tell(conn, [])
         else:
@@ -157,8 +157,8 @@ class Reception:
         self._engine.counts["connections_idle_closed"] += 1
         why = f"nothing was heard for {timeout:g} s"
         with conn.mutex:
-            if not conn.spoken and isinstance(conn.link, Reframing):
-                conn.link.reframe(0, 0)  # no goodbye to who never greeted us
+            if not conn.spoken and conn.foreign is not None:
+                conn.foreign.reframe(0, 0)  # no goodbye to who never greeted us
             self._tell(conn, [events.Failure(0, "CONNECTION_CLOSED", why)])
         self._engine.lose(conn, errors.Timeout(why, url=self._engine.url))
 

@@ -7,7 +7,6 @@ end, is known.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ import msgspec
 
 from ..errors import ProtocolError
 from . import events
-from .envelope import NAMES, Asked, Questions, code_of, text_of
+from .envelope import NAMES, Asked, Envelope, code_of, text_of
 from .events import Event
 
 #: What the id of a stream begins with when its client gave none.
@@ -73,25 +72,21 @@ class _Push(msgspec.Struct):
     timestamp: int
 
 
-class Seed:
-    """`clock`: seconds since 1970, for the timestamps of pushes."""
-
-    name: str
-    format: Literal["msgpack", "json"]
-    push_format: Literal["msgpack", "json"]
-    named = True
-    flow = False
+class Seed(Envelope):
     uncounted = (0, 0)
+    _ordered = True
+    _format: Literal["msgpack", "json"]
     _begins: frozenset[int]
     _said: Callable[[bytes], _Said]
     _whose: Callable[[bytes], _Named]
     _sent: Callable[[bytes], _Sent]
     _written: Callable[[Any], bytes]
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._questions = Questions(ordered=True)
-        self.waits, self.released = self._questions.waits, self._questions.released
+    @property
+    def format(self) -> Literal["msgpack", "json"]:
+        return self._format
+
+    push_format = format
 
     # -- what comes
 
@@ -206,7 +201,7 @@ class Seed:
 
 class SeedJson(Seed):
     name = "seed, JSON"
-    format = push_format = "json"
+    _format = "json"
     _begins = _JSON_BEGINS
     _said = msgspec.json.Decoder(_Said).decode
     _whose = msgspec.json.Decoder(_Named).decode
@@ -216,7 +211,7 @@ class SeedJson(Seed):
 
 class SeedMsgpack(Seed):
     name = "seed, MessagePack"
-    format = push_format = "msgpack"
+    _format = "msgpack"
     _begins = _MAP_BEGINS
     _said = msgspec.msgpack.Decoder(_Said).decode
     _whose = msgspec.msgpack.Decoder(_Named).decode

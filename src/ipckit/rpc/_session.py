@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .. import errors
-from .._spi import Fused, Link, Spinning
+from .._spi import Fused, Link, Reframing, Spinning
 from .._url import Url
 from .._wait import Gate
 from ._connection import BROKEN
@@ -35,6 +35,7 @@ class ServerConnection:
         self.fused: Fused | None = link if isinstance(link, Fused) else None
         self.spin = link.spin_recv if isinstance(link, Spinning) else None
         self.attendant: Worker | None = None
+        self.foreign: Reframing | None = None  # the link, where programs that are not ipckit's may come
         self.gate = Gate(url, lambda: None)  # where a worker waits for a link that is not fused
         self.blocked = False  # something waits to be sent
         self.lost = False

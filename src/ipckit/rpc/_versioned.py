@@ -7,7 +7,6 @@ ends the connection.
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -17,7 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from ..errors import ProtocolError
 from . import events
-from .envelope import NAMES, Asked, Questions, UnsupportedVersion, code_of, text_of
+from .envelope import NAMES, Asked, Envelope, UnsupportedVersion, code_of, text_of
 from .events import Event
 
 REQUEST, RESPONSE, ERROR, HEARTBEAT, PUSH, SUBSCRIBE, UNSUBSCRIBE, DISCOVER, STREAM = range(1, 10)
@@ -136,26 +135,19 @@ def unsupported(version: int) -> tuple[bytes, int]:
     return Version2().encode(failure)[0], _HEADER
 
 
-class Versioned:
-    """`clock`: seconds since 1970, for the timestamps of pushes."""
-
-    name: str
-    push_format: Literal["msgpack", "json"] = "json"
-    named = True
-    flow = False
-    uncounted: tuple[int, int]
+class Versioned(Envelope):
+    _ordered = False
     _version: int
     _kinds: frozenset[int]
-
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._codec: _Codec | None = None
-        self._questions = Questions(ordered=False)
-        self.waits, self.released = self._questions.waits, self._questions.released
+    _codec: _Codec | None = None  # from the first frame on that has a payload
 
     @property
     def format(self) -> Literal["msgpack", "json"]:
         return self._spoken.name
+
+    @property
+    def push_format(self) -> Literal["msgpack", "json"]:
+        return "json"
 
     @property
     def _spoken(self) -> _Codec:

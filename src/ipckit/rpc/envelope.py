@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple
 
 import msgspec
 
@@ -78,26 +80,6 @@ def text_of(failure: Failure) -> str:
     return ": ".join(filter(None, parts)) + (
         f"; try again in {failure.retry_after:.3g} s" if failure.retry_after else ""
     )
-
-
-@runtime_checkable
-class Envelope(Dialect, Protocol):
-    """A dialect of programs that are not ipckit's.
-
-    Attributes:
-        uncounted: bytes of header that the prefix does not count, of what comes and of what goes.
-    """
-
-    uncounted: tuple[int, int]
-
-    def waits(self, id: int) -> bool:
-        """The stream that answers this call is not to begin yet: answers have an order here."""
-
-    def released(self) -> Sequence[int]:
-        """The calls that `waits` held back and holds no more. Each is told once."""
-
-    def turn_away(self, limit: int) -> Sequence[bytes]:
-        """There are `limit` connections already: what the one too many is told."""
 
 
 class Asked(msgspec.Struct, gc=False):
@@ -184,6 +166,53 @@ class Questions:
                 following.frames = []
                 self._released.append(self._order[0])
         return out
+
+
+class Envelope(ABC):
+    """A dialect of programs that are not ipckit's. `clock`: seconds since 1970, for the timestamps of pushes.
+
+    Attributes:
+        uncounted: bytes of header that the prefix does not count, of what comes and of what goes.
+    """
+
+    name: str
+    named = True
+    flow = False
+    uncounted: ClassVar[tuple[int, int]]
+    _ordered: ClassVar[bool]
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._questions = Questions(self._ordered)
+
+    @property
+    @abstractmethod
+    def format(self) -> Literal["msgpack", "json"]: ...
+
+    @property
+    @abstractmethod
+    def push_format(self) -> Literal["msgpack", "json"]: ...
+
+    @abstractmethod
+    def decode(self, frame: bytes) -> Sequence[Event]: ...
+
+    @abstractmethod
+    def encode(self, event: Event) -> Sequence[bytes]: ...
+
+    @abstractmethod
+    def whose(self, frame: bytes) -> int: ...
+
+    @abstractmethod
+    def turn_away(self, limit: int) -> Sequence[bytes]:
+        """There are `limit` connections already: what the one too many is told."""
+
+    def waits(self, id: int) -> bool:
+        """The stream that answers this call is not to begin yet: answers have an order here."""
+        return self._questions.waits(id)
+
+    def released(self) -> Sequence[int]:
+        """The calls that `waits` held back and holds no more. Each is told once."""
+        return self._questions.released()
 
 
 class Unspoken:
