@@ -39,6 +39,8 @@ __all__ = ["Engine", "ServerOptions", "ShutdownReport"]
 
 _log = logging.getLogger("ipckit")
 _DOOR = "door"
+#: Connections to let in before the others are looked at again.
+_AT_A_TIME = 64
 
 
 class Engine:
@@ -120,15 +122,18 @@ class Engine:
         if self.stopping:
             self._door_armed = True
             return
-        if not self._door_armed:
-            self._let_in()
+        if not self._door_armed and not self._let_in():
             self._watch.put(_DOOR, self.listener.arm(Want.RECV))
-            self._door_armed = True
-            self._let_in()  # once more after it was told that we are about to sleep
+            self._door_armed = not self._let_in()  # once more after it was told that we are about to sleep
 
-    def _let_in(self) -> None:
-        while (link := self.listener.try_accept()) is not None:
+    def _let_in(self) -> bool:
+        """Some of those who wait. True if there may be more: first it is the turn of those who are here."""
+        for _ in range(_AT_A_TIME):
+            link = self.listener.try_accept()
+            if link is None:
+                return False
             self._admit(link)
+        return True
 
     def _admit(self, link: Link) -> None:
         self.counts["connections_accepted"] += 1
