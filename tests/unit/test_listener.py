@@ -502,6 +502,20 @@ def test_the_rate_limit_answers_and_lets_go_on(service):
         assert server.stats()["rate_limited"] >= 3 * len(DIALECTS) + 4
 
 
+def test_who_fires_and_forgets_is_held_to_its_limit_too(service):
+    with ipckit.Server("unix://calc", service, max_per_connection=2) as server, Caller(server.url, "v2-json") as caller:
+        for _ in range(2):
+            caller.ask("slow", {"text": "x"}, expects_reply=False)
+            assert caller.hear()[1]["payload"] == {"status": "delivered"}
+        assert caller.error_of("slow", {"text": "x"}, expects_reply=False) == "TARGET_BUSY"
+        with Caller(server.url, "seed-json") as other:
+            assert other.call("add", {"a": 1, "b": 1})["payload"] == {"sum": 2}
+        service.go.set()
+        assert server.stats()["backpressure_rejections"] == 1
+        caller.say({"correlation_id": "s", "message_types": [str(n) for n in range(10_001)]}, 6)
+        assert caller.hear()[1]["error_code"] == "TARGET_BUSY"
+
+
 def test_who_says_nothing_is_let_go(service):
     with ipckit.Server("unix://calc", service, connection_timeout=0.05) as server:
         with Caller(server.url, "v2-json") as mute:
@@ -603,7 +617,11 @@ def test_statistics_under_both_sets_of_names(server):
 def test_a_shutdown_drains_and_refuses_and_reports(service):
     server = ipckit.Server("unix://calc", service)
     path = f"{os.environ['IPCKIT_RUNTIME_DIR']}/calc.sock"
-    with Caller(server.url, "v2-json") as caller, Caller(server.url, "seed-json") as seed:
+    with (
+        Caller(server.url, "v2-json") as caller,
+        Caller(server.url, "seed-json") as seed,
+        Caller(server.url, "v1") as mute,  # it begins to speak when the server is about to end
+    ):
         seed.call("add", {"a": 1, "b": 1})
         caller.ask("slow", {"text": "x"}, id="slow")
         assert service.entered.wait(30)
@@ -614,7 +632,8 @@ def test_a_shutdown_drains_and_refuses_and_reports(service):
         while caller.call("add", {"a": 1, "b": 1}).get("error_code") != "SHUTTING_DOWN":
             assert time.monotonic() < deadline
         assert seed.error_of("add", {"a": 1, "b": 1}) == "ConnectionClosed"
-        assert server.stats()["shutdown_rejections"] == 2
+        assert mute.error_of("add", {"a": 1, "b": 1}) == "SHUTTING_DOWN"
+        assert server.stats()["shutdown_rejections"] == 3
         service.go.set()
         assert caller.hear()[1]["payload"] == "x"
         ending.join(30)

@@ -69,7 +69,7 @@ class Engine:
         self.stopping = False
         self.on_drained: Callable[[], Any] | None = None
         self._threads = threads
-        self._dialect = dialect
+        self.dialect = dialect
         self._attendance = Attendance(self)
         self._reception = Reception(self)
         self._connections: set[ServerConnection] = set()
@@ -137,9 +137,7 @@ class Engine:
 
     def _admit(self, link: Link) -> None:
         self.counts["connections_accepted"] += 1
-        dialect = getattr(link, "dialect", None)  # a link may say how it is spoken to
-        excess = len(self._connections) >= self.options.max_connections
-        conn = self._reception.admit(link, dialect or self._dialect(), excess)
+        conn = self._reception.admit(link, len(self._connections) >= self.options.max_connections)
         if conn is None:
             return
         if not conn.excess:

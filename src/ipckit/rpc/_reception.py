@@ -53,9 +53,11 @@ class Reception:
             counts=engine.counts,
         )
 
-    def admit(self, link: Link, dialect: Dialect, excess: bool) -> ServerConnection | None:
-        """A new connection; it is heard of again in `recognised`. None: it was one too many, and knows it."""
-        if not isinstance(link, Reframing):
+    def admit(self, link: Link, excess: bool) -> ServerConnection | None:
+        """A new connection. None: it was one too many, and knows it. What it speaks, `recognised` tells if it is not `spoken`."""
+        dialect: Dialect | None = getattr(link, "dialect", None)  # a link may say how it is spoken to
+        if dialect is not None or not isinstance(link, Reframing):
+            dialect = dialect or self._engine.dialect()
             conn = ServerConnection(link, self.core(dialect), self._engine.url)
             if excess:
                 self._tell(conn, [events.Failure(0, "TARGET_BUSY", self._full())])

@@ -28,6 +28,8 @@ from .events import WINDOW, Event, Failure
 _UNLIMITED = 1 << 62
 #: Correlation ids are 32 bits; 0 is for calls that want no answer.
 _LAST_ID = 0xFFFFFFFF
+#: Types that one client may subscribe to: what it asks for is kept here.
+_MOST_TYPES = 10_000
 
 
 class _Stream:
@@ -60,7 +62,18 @@ class ServerCall(_Stream):
         credit: bytes of items that may be sent; send while it is above zero.
     """
 
-    __slots__ = ("body", "cancelled", "metadata", "method", "oneway", "reply", "reply_to", "stream", "target")
+    __slots__ = (
+        "body",
+        "cancelled",
+        "metadata",
+        "method",
+        "oneway",
+        "reply",
+        "reply_to",
+        "stream",
+        "target",
+        "unanswered",
+    )
 
     def __init__(self, event: events.Call, credit: int, now: float) -> None:
         super().__init__(event.id, credit, None if event.ttl is None else now + event.ttl)
@@ -72,6 +85,7 @@ class ServerCall(_Stream):
         self.stream = event.stream
         self.oneway = event.oneway
         self.reply_to = event.reply_to
+        self.unanswered = False  # under way, and counted as such, although nobody waits for it
         self.cancelled: str | None = None
 
 
@@ -229,6 +243,7 @@ class ServerCore(_Core[ServerCall]):
         self._rate = rate
         self._counts = counts if counts is not None else dict.fromkeys(CORE_COUNTS, 0)
         self.refused = 0
+        self._unanswered = 0
         self.freed: list[ServerCall] = []
         self._targets = targets
         self._max_calls = max_calls
@@ -298,13 +313,15 @@ class ServerCore(_Core[ServerCall]):
             raise ProtocolError(f"the call {event.id} is under way already")
         if self.leaving:
             self._refuse(event.id, "SHUTTING_DOWN", "the server takes no new calls")
-        elif len(self.calls) >= self._max_calls:
-            self._refuse(event.id, "TARGET_BUSY", f"{len(self.calls)} calls of this connection are under way")
+        elif (under_way := len(self.calls) + self._unanswered) >= self._max_calls:
+            self._refuse(event.id, "TARGET_BUSY", f"{under_way} calls of this connection are under way")
         else:
             held = self._envelope is not None and self._envelope.waits(event.id)
             call = ServerCall(event, 0 if held else self._peer_window, now)
             if call.reply:
                 self._register(call)
+            else:
+                self._count_unanswered(call)
             return call
         return None
 
@@ -322,6 +339,11 @@ class ServerCore(_Core[ServerCall]):
             self._say(events.Accepted(call.id))
             call.reply = False
             self.calls.pop(call.id, None)
+            self._count_unanswered(call)
+
+    def _count_unanswered(self, call: ServerCall) -> None:
+        call.unanswered = True
+        self._unanswered += 1
 
     def _refuse(self, id: int, code: str, why: str) -> None:
         self._counts["shutdown_rejections" if code == "SHUTTING_DOWN" else "backpressure_rejections"] += 1
@@ -331,6 +353,9 @@ class ServerCore(_Core[ServerCall]):
     def _subscription(self, event: events.Subscribe | events.Unsubscribe) -> None:
         self._counts["subscriptions_processed"] += 1
         if isinstance(event, events.Subscribe):
+            if len(self.subscribed) + len(event.types) > _MOST_TYPES:
+                self._refuse(event.id, "TARGET_BUSY", f"nobody subscribes to more than {_MOST_TYPES} types")
+                return
             self.subscribed.update(event.types)
         else:
             self.subscribed.difference_update(event.types or tuple(self.subscribed))
@@ -378,6 +403,9 @@ class ServerCore(_Core[ServerCall]):
         """Its handler has returned."""
         call.done = True
         self.calls.pop(call.id, None)
+        if call.unanswered:
+            call.unanswered = False
+            self._unanswered -= 1
 
     def push(self, type: str, body: bytes) -> bool:
         """To this client, if it subscribed to the type."""
