@@ -247,7 +247,9 @@ class Engine:
         """Send what can be sent; the rest goes out when there is room. From any thread."""
         try:
             with conn.mutex:
-                freed, conn.core.freed = conn.core.freed, []
+                freed = conn.core.freed
+                if freed:
+                    conn.core.freed = []
                 idle = conn.lost or (not conn.core.outbox and not conn.blocked and conn.link.try_flush())
                 before, conn.blocked = conn.blocked, not idle and not conn.try_flush()
                 stuck = conn.blocked and not before and conn.attendant is None
