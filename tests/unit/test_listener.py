@@ -20,7 +20,7 @@ import trustme
 
 import ipckit
 from ipckit import aio, errors
-from ipckit.rpc import ShutdownReport
+from ipckit.rpc import ShutdownReport, _reception
 
 
 class AddRequest(msgspec.Struct):
@@ -66,6 +66,11 @@ class Calculator(ipckit.Service):
     def read(self, path: str) -> str:
         with open(path) as file:
             return file.read()
+
+    def fail(self, how: str) -> None:
+        raise {"timeout": TimeoutError(), "busy": errors.TargetBusy("later"), "late": errors.DeadlineExceeded("late")}[
+            how
+        ]
 
     def list(self, req: ListRequest) -> Iterator[int]:
         yield from range(req.count)
@@ -242,6 +247,9 @@ def test_errors_have_the_names_that_their_clients_know(caller):
     assert caller.error_of("divide", {"a": 1, "b": 0}) == remote
     assert caller.error_of("ListRequest", {"count": 1}) == protocol  # it was not asked for a stream
     assert caller.error_of("upload", {}) == protocol
+    assert caller.error_of("fail", {"how": "busy"}) == ("TargetBusy" if caller.seed else "TARGET_BUSY")
+    for how in ("timeout", "late"):
+        assert caller.error_of("fail", {"how": how}) == ("Timeout" if caller.seed else "TIMEOUT")
     caller.say({"correlation_id": "x", "request_id": "x"})
     _kind, told = caller.hear()
     assert "SerializationError" in told["error"] if caller.seed else told["error_code"] == "SERIALIZATION_ERROR"
@@ -461,7 +469,8 @@ def test_from_an_event_loop():
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_too_many_is_told_in_its_own_dialect(service):
+def test_one_too_many_is_told_in_its_own_dialect(service, monkeypatch):
+    monkeypatch.setattr(_reception, "_MOMENT", 30)
     with ipckit.Server("unix://calc", service, max_connections=1) as server, Caller(server.url, "v1") as first:
         assert first.call("add", {"a": 1, "b": 1})["payload"] == {"sum": 2}
         for dialect in DIALECTS:
@@ -474,6 +483,7 @@ def test_one_too_many_is_told_in_its_own_dialect(service):
                     assert told["error_code"] == "CONNECTION_LIMIT_REACHED"
                     assert told["payload"] == {"limit": 1}
                 assert caller.ended()
+        monkeypatch.setattr(_reception, "_MOMENT", 0.01)
         with Caller(server.url, "v2-json") as caller:  # it says nothing: it is told all the same
             assert caller.hear()[1]["error_code"] == "CONNECTION_LIMIT_REACHED"
             assert caller.ended()
@@ -517,7 +527,7 @@ def test_who_fires_and_forgets_is_held_to_its_limit_too(service):
 
 
 def test_who_says_nothing_is_let_go(service):
-    with ipckit.Server("unix://calc", service, connection_timeout=0.05) as server:
+    with ipckit.Server("unix://calc", service, connection_timeout=0.3) as server:
         with Caller(server.url, "v2-json") as mute:
             assert mute.ended()
         with Caller(server.url, "seed-json") as caller:
@@ -525,9 +535,8 @@ def test_who_says_nothing_is_let_go(service):
             assert caller.hear()[1]["error"].startswith("ConnectionClosed: ")
             assert caller.ended()
         with ipckit.client(server.url, Calculator) as client, Caller(server.url, "v2-json") as patient:
-            client.add(AddRequest(1, 1))
             patient.ask("slow", {"text": "x"})
-            assert service.entered.wait(30)
+            client.add(AddRequest(1, 1))
             with Caller(server.url, "v2-json") as mute:
                 assert mute.ended()
             service.go.set()
@@ -648,10 +657,13 @@ def test_a_shutdown_cuts_off_what_takes_too_long(service):
     with Caller(server.url, "v2-json") as caller:
         caller.ask("slow", {"text": "x"})
         assert service.entered.wait(30)
-        threading.Timer(0.2, service.go.set).start()
-        report = server.shutdown(0.01)
-        assert report == ShutdownReport(1, 0, 1)
+        reports: list[ShutdownReport] = []
+        ending = threading.Thread(target=lambda: reports.append(server.shutdown(0.01)))
+        ending.start()
         assert caller.hear()[1]["error_code"] == "SHUTTING_DOWN"
+        service.go.set()
+        ending.join(30)
+        assert reports == [ShutdownReport(1, 0, 1)]
 
 
 def test_a_live_socket_is_an_error_and_a_stale_one_is_replaced(server, service):

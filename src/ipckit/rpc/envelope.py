@@ -68,7 +68,7 @@ def code_of(failure: Failure, stream: bool = False) -> str:
         return failure.code if failure.code in NAMES else "REMOTE_ERROR"
     raised = getattr(builtins, failure.type, None)
     if isinstance(raised, type) and issubclass(raised, OSError):
-        return "IO_ERROR"
+        return "DEADLINE_EXCEEDED" if issubclass(raised, TimeoutError) else "IO_ERROR"
     return "STREAM" if stream else "REMOTE_ERROR"
 
 
