@@ -161,9 +161,11 @@ def connected() -> socket.socket:
 
 def first_frame(dice: random.Random) -> bytes:
     noise = dice.randbytes(dice.randrange(1, 200))
-    kind = dice.randrange(7)
+    kind = dice.randrange(8)
     if kind == 0:
         return noise
+    if kind == 7:
+        return b"\0\0\0\0"[: dice.randrange(1, 5)]
     if kind == 1:
         return struct.pack(">I", dice.randrange(1 << 24, 1 << 32)) + noise  # a length above every limit
     if kind == 2:

@@ -223,7 +223,7 @@ def caller(request: pytest.FixtureRequest, server: ipckit.Server) -> Iterator[Ca
 
 
 def test_a_message_type_or_a_method_is_called(caller):
-    for name in ("AddRequest", "add"):
+    for name in ("AddRequest", "add", "calculator.AddRequest"):
         assert caller.call(name, {"a": 5, "b": 3})["payload"] == {"sum": 8}
     assert caller.call("divide", {"a": 1, "b": 2})["payload"] == 0.5
 
@@ -564,6 +564,7 @@ def test_settings_that_mean_nothing_are_refused(setting, service):
         b"GET / HTTP/1.1\r\n\r\n",
         b"\0\0\0\0\x02\xff\x01",
         b"\0\0\0\2\xc1\x01",
+        b"\0\0\0\0{",
     ],
 )
 def test_a_first_frame_that_is_none_costs_that_connection(server, sent, caplog):

@@ -809,6 +809,15 @@ def test_a_glance_hears_the_end(raw) -> None:
         link.try_glance(65)
 
 
+@pytest.mark.parametrize("sent", [b"", b"\0", b"\0\0\0\0", b"\0\1\0\0", b"\0\0\0\1"])
+def test_a_glance_hears_an_end_that_comes_too_soon(raw, sent: bytes) -> None:
+    link, peer = raw
+    peer.send(sent)
+    peer.shutdown(socket.SHUT_WR)
+    with gives_up("ENDED"):
+        link.try_glance(5)
+
+
 @pytest.mark.parametrize("size", [3, 100, 5000, 300_000, LIMIT + 3])
 def test_a_header_that_the_length_does_not_count(raw, size: int) -> None:
     link, peer = raw

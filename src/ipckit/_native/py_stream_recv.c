@@ -196,9 +196,11 @@ PyObject *stream_link_glance(StreamLink *self, size_t count)
         enum stream_status status = stream_peek(&self->in, &view);
         const unsigned char *here = stream_glance(&self->in, count);
         bool refused = status == STREAM_GOODBYE || status == STREAM_OVERSIZE;
+        if (status == STREAM_FRAME && !here && self->in.over != STREAM_OK)
+            status = self->in.over; /* a frame shorter than what is looked for, and then the end */
         if (here && !refused)
             seen = PyBytes_FromStringAndSize((const char *)here, (Py_ssize_t)count);
-        else if (refused || status >= STREAM_ENDED) {
+        else if (status >= STREAM_ENDED) {
             self->ended = status;
             self->ended_errno = self->in.error;
             stream_link_over(self, status, self->in.error, "recv");

@@ -80,7 +80,10 @@ class Services:
         return {key: each for key, each in self.table.items() if each.target != target}
 
     def find(self, target: str, method: str) -> Exposed | None:
-        return self.table.get(f"{target}.{method}".encode())
+        found = self.table.get(f"{target}.{method}".encode())
+        if found is None and method.startswith(f"{target}."):  # a message type that is qualified: calculator.AddRequest
+            found = self.table.get(method.encode())
+        return found
 
     def fingerprints(self) -> dict[str, str]:
         """The contracts of what is exposed, by target."""
