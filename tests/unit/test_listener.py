@@ -483,12 +483,14 @@ def test_one_too_many_is_told_in_its_own_dialect(service, monkeypatch):
                     assert told["error_code"] == "CONNECTION_LIMIT_REACHED"
                     assert told["payload"] == {"limit": 1}
                 assert caller.ended()
+        with pytest.raises(errors.TargetBusy, match="1 connections already"):
+            ipckit.client(server.url, Calculator)
         monkeypatch.setattr(_reception, "_MOMENT", 0.01)
         with Caller(server.url, "v2-json") as caller:  # it says nothing: it is told all the same
             assert caller.hear()[1]["error_code"] == "CONNECTION_LIMIT_REACHED"
             assert caller.ended()
         assert first.call("add", {"a": 1, "b": 1})["payload"] == {"sum": 2}
-        assert server.stats()["connections_refused"] == len(DIALECTS) + 1
+        assert server.stats()["connections_refused"] == len(DIALECTS) + 2
         assert server.stats()["active_connections"] == 1
 
 
