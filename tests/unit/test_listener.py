@@ -90,6 +90,13 @@ class Calculator(ipckit.Service):
         for n in range(times):
             yield "x" * 10**n
 
+    def where(self) -> str:
+        return threading.current_thread().name
+
+    @ipckit.rpc(inline=True)
+    def where_inline(self) -> str:
+        return threading.current_thread().name
+
     def upload(self, parts: Iterator[int]) -> int:
         return sum(parts)
 
@@ -397,6 +404,11 @@ def test_a_slow_call_holds_up_nobody_on_its_connection(server, service):
         assert (kind, told["correlation_id"], told["error_code"]) == (3, "late", "TIMEOUT")
         service.go.set()
         assert caller.hear()[1]["correlation_id"] == "slow"
+
+
+def test_what_is_marked_inline_runs_on_the_thread_that_receives(caller):
+    assert "watcher" not in caller.call("where", {})["payload"]
+    assert "watcher" in caller.call("where_inline", {})["payload"]
 
 
 def test_without_ids_answers_come_in_order_and_a_stream_waits_for_its_turn(server, service):

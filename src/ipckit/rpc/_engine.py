@@ -323,7 +323,7 @@ class Engine:
                 loop.call_soon_threadsafe(job.begin, loop)
             else:
                 job.begin(loop)
-        elif exposed.method.options.inline and not self._threads:
+        elif exposed.method.options.inline and (not self._threads or job.conn.envelope):
             job.run()
         else:
             self.crew.submit(job.run)
