@@ -598,6 +598,16 @@ def test_a_first_frame_that_is_none_costs_that_connection(server, sent, caplog):
             assert "lost a client" in caplog.text
 
 
+def test_strangers_do_not_fill_the_log(server, caplog):
+    many = 200
+    for _ in range(many):
+        with Caller(server.url, "v2-json") as stranger:
+            stranger.sock.sendall(b"\0\0\0\1x")
+            assert stranger.ended()
+    assert server.stats()["protocol_errors"] == many
+    assert 1 <= caplog.text.count("lost a client") < many
+
+
 def test_a_version_that_changes_is_told_so(server):
     with Caller(server.url, "v2-json") as caller:
         caller.call("add", {"a": 1, "b": 1})

@@ -28,7 +28,7 @@ from ._crew import Crew
 from ._exposed import Exposed, Services
 from ._foreign import unfit
 from ._limits import COUNTS, ServerOptions, ShutdownReport, statistics
-from ._reception import Reception, farewell
+from ._reception import Complaints, Reception, farewell
 from ._serving import Job
 from ._session import PAUSE, ServerConnection
 from .context import CallContext
@@ -72,6 +72,7 @@ class Engine:
         self.dialect = dialect
         self._attendance = Attendance(self)
         self._reception = Reception(self)
+        self._complaints = Complaints(url)
         self._connections: set[ServerConnection] = set()
         self._returned: deque[ServerConnection] = deque()  # to be heard, flushed and watched, or buried
         self._timed: set[ServerConnection] = set()
@@ -398,10 +399,11 @@ class Engine:
             if conn.envelope and isinstance(error, errors.ProtocolError):
                 farewell(conn, error)
             cancelled = conn.core.lost()
-        level = logging.WARNING if isinstance(error, errors.ProtocolError) else logging.DEBUG
-        _log.log(level, "%s: lost a client: %s", self.url, error.message)
         if isinstance(error, errors.ProtocolError):
             self.counts["protocol_errors"] += 1
+            self._complaints.about(error)
+        else:
+            _log.debug("%s: lost a client: %s", self.url, error.message)
         for call in cancelled:
             call.changed()
         self.returned(conn)

@@ -4,19 +4,23 @@ A link on a byte stream is looked at before it is read: its first bytes tell the
 said to it, and it has `connection_timeout` to begin. One that is too many is refused in its own dialect, if it says within
 a moment which that is; one that waits to be spoken to is told in version 2, whose clients expect that.
 
-Everything here runs on the watcher's thread.
+All of `Reception` runs on the watcher's thread.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import logging
+import threading
+import time
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .. import errors
 from .._spi import Link, Reframing
+from .._url import Url
 from . import _versioned, events
 from ._rate import Bucket
 from ._session import ServerConnection
@@ -27,6 +31,10 @@ from .protocol import ServerCore
 if TYPE_CHECKING:
     from ._engine import Engine
 
+_log = logging.getLogger("ipckit")
+
+#: Clients that sent what is no protocol: so many are logged one by one in a second.
+_COMPLAINTS = 10
 #: Seconds that one too many has to say what it speaks.
 _MOMENT = 0.1
 #: So many of them at once; when there are more, the one that has waited longest is told in version 2.
@@ -56,7 +64,9 @@ class Reception:
     def admit(self, link: Link, excess: bool) -> ServerConnection | None:
         """A new connection. None: it was one too many, and knows it. What it speaks, `recognised` tells if it is not `spoken`."""
         dialect: Dialect | None = getattr(link, "dialect", None)  # a link may say how it is spoken to
-        if dialect is not None or not isinstance(link, Reframing):
+        if dialect is not None or not issubclass(
+            type(link), Reframing
+        ):  # of the class: isinstance costs ten times as much
             dialect = dialect or self._engine.dialect()
             conn = ServerConnection(link, self.core(dialect), self._engine.url)
             if excess:
@@ -65,7 +75,7 @@ class Reception:
                 return None
             return conn
         conn = ServerConnection(link, self.core(Unspoken()), self._engine.url)
-        conn.foreign, conn.spoken = link, False
+        conn.foreign, conn.spoken = cast("Reframing", link), False
         if excess:
             conn.excess = True
             if len(self._refused) >= _WAITING_ROOM:
@@ -84,8 +94,8 @@ class Reception:
             return False
         found = recognise(first)
         if isinstance(found, Unknown):
+            link.reframe(0, found.uncounted)  # and no goodbye to a stranger
             if found.answer:
-                link.reframe(0, found.uncounted)
                 with suppress(errors.IpcError):
                     conn.link.try_send(found.answer)
             raise errors.ProtocolError(found.why, url=self._engine.url, operation="accept")
@@ -167,6 +177,28 @@ class Reception:
     def waiting(self) -> list[ServerConnection]:
         """Those that are refused and not gone yet."""
         return [conn for _, conn in self._refused]
+
+
+class Complaints:
+    """The log of those who sent what is no protocol: some a second, and how many there were besides.
+
+    Strangers must not fill a disk with what they send. From any thread.
+    """
+
+    def __init__(self, url: Url) -> None:
+        self._url = url
+        self._mutex = threading.Lock()
+        self._bucket = Bucket(_COMPLAINTS, _COMPLAINTS)
+        self._unsaid = 0
+
+    def about(self, error: errors.ProtocolError) -> None:
+        with self._mutex:
+            if self._bucket.take(time.monotonic()):
+                self._unsaid += 1
+                return
+            unsaid, self._unsaid = self._unsaid, 0
+        more = f"; and {unsaid} others since the last time" if unsaid else ""
+        _log.warning("%s: lost a client: %s%s", self._url, error.message, more)
 
 
 def farewell(conn: ServerConnection, error: errors.ProtocolError) -> None:
