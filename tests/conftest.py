@@ -1,7 +1,7 @@
 """For every test below.
 
-Nothing is decided by a clock: Hypothesis has no deadline. `-n auto` starts three workers for each core, because tests of waiting mostly
-wait.
+Nothing is decided by a clock: Hypothesis has no deadline. `-n auto` starts three workers for each core, because tests of
+waiting mostly wait.
 """
 
 from __future__ import annotations
