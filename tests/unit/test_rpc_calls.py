@@ -668,6 +668,36 @@ def test_a_cancelled_task_cancels_its_handler() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+class Greedy(ipckit.Service):
+    """Its stream never waits for anything."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    async def flood(self) -> AsyncIterator[int]:
+        while True:
+            self.given += 1
+            yield 0
+
+    @ipckit.rpc(inline=True)
+    def produced(self) -> int:
+        return self.given
+
+
+def test_a_stream_that_never_waits_leaves_the_loop_to_others() -> None:
+    """Its window takes 80,000 of its items; the next call is served long before it is used up."""
+
+    async def main() -> None:
+        url = "shm://greedy"
+        async with ipckit.aio.Server(url, Greedy()), await ipckit.aio.client(url, Greedy) as greedy:
+            stream = greedy.flood()
+            assert await anext(stream) == 0
+            assert await greedy.produced() < 20_000  # type: ignore[misc]
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_a_deadline_holds_where_nothing_can_be_sent() -> None:
     """The server's process is stopped, and everything between is full."""
     with subprocess.Popen([sys.executable, "-c", PROGRAM, "sync"], stdout=subprocess.PIPE, text=True) as process:

@@ -204,7 +204,10 @@ class AsyncClient(Base):
         """Receive for everybody, until the connection is lost or closed."""
         try:
             while True:
-                conn.heard(await arun(conn.receive(), conn.rx, None))
+                frames = await arun(conn.receive(), conn.rx, None)
+                conn.heard(frames)
+                if len(frames) > 1:  # there may be as many again, and so on
+                    await asyncio.sleep(0)
                 if conn.core.outbox:
                     await self._flush(conn)
         except BROKEN as error:

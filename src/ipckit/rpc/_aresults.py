@@ -15,6 +15,9 @@ from .protocol import ClientCall
 if TYPE_CHECKING:
     from ._aclient import AsyncClient
 
+#: Items after which who consumes a stream that is already there looks after the loop.
+_AT_ONCE = 64
+
 
 class AsyncResults(AsyncIterator[Any]):
     """What a method streams back. Leaving it early (`aclose()`, or dropping it) cancels the call."""
@@ -25,6 +28,7 @@ class AsyncResults(AsyncIterator[Any]):
         self._begun: tuple[Live, ClientCall] | None = None
         self._feeder: asyncio.Task[None] | None = None
         self._over = False
+        self._taken = 0
 
     async def __anext__(self) -> Any:
         if self._over:
@@ -38,6 +42,9 @@ class AsyncResults(AsyncIterator[Any]):
             with conn.mutex:
                 body = conn.core.take(call)
             if body is not None:
+                self._taken += 1
+                if self._taken % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 if conn.core.outbox:
                     await self._client._send(conn)
                 return self._decode(body)

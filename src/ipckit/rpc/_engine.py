@@ -41,6 +41,7 @@ _log = logging.getLogger("ipckit")
 _DOOR = "door"
 #: Connections to let in before the others are looked at again.
 _AT_A_TIME = 64
+_TURN = Wait((), 0.0)
 
 
 class Engine:
@@ -104,9 +105,10 @@ class Engine:
             until = self._chores()
             with self._mutex:
                 wait = self._watch.sleep(until)
-            if self._returned or not self._door_armed or self.closed:
-                continue
-            yield wait
+            if not (self._returned or not self._door_armed or self.closed):
+                yield wait
+            elif not self._threads:
+                yield _TURN  # handlers are tasks of the same loop: they get their turn, however much comes in
 
     def wake(self) -> None:
         """The watcher has something to do."""

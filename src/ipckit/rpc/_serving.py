@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ._session import ServerConnection
 
 
+#: Items of a stream after which a loop looks after the others.
+AT_ONCE = 64
+
+
 class Job:
     """One call and its handler."""
 
@@ -124,7 +128,11 @@ class Job:
 
     async def _stream(self, items: Any) -> None:
         try:
+            given = 0
             async for value in items:
+                given += 1
+                if given % AT_ONCE == 0:
+                    await asyncio.sleep(0)  # a stream that never waits must not keep the loop from the others
                 body = self.encoded(value)
                 while not self.conn.roomy(self.call):
                     await self.change(lambda: self.conn.roomy(self.call))
