@@ -53,13 +53,16 @@ class Reception:
     def core(self, dialect: Dialect) -> ServerCore:
         engine, options = self._engine, self._engine.options
         rate = options.requests_per_second
-        return ServerCore(
+        core = ServerCore(
             dialect,
             targets=engine.services.fingerprints,
             max_calls=options.max_per_connection,
             rate=None if rate is None else Bucket(rate, options.burst_size or max(rate, 1)),
             counts=engine.counts,
         )
+        if engine.stopping:
+            core.goodbye()
+        return core
 
     def admit(self, link: Link, excess: bool) -> ServerConnection | None:
         """A new connection. None: it was one too many, and knows it. What it speaks, `recognised` tells if it is not `spoken`."""
@@ -107,10 +110,8 @@ class Reception:
             link.reframe(*dialect.uncounted)
             conn.envelope = True
         with conn.mutex:
-            leaving, conn.core = conn.core.leaving, self.core(dialect)
+            conn.core = self.core(dialect)
             conn.spoken = True
-            if leaving:
-                conn.core.goodbye()
         return True
 
     def _full(self) -> str:
