@@ -95,8 +95,13 @@ class Services:
 
     def message_types(self) -> list[str]:
         """The message types that something answers to, methods that take no message, and the types that are pushed."""
-        methods = [method for contract in self.contracts.values() for method in contract.methods.values()]
-        return sorted({*self.pushed, *(method.message or method.name for method in methods)})
+        names = {
+            method.message or method.name
+            for target, contract in self.contracts.items()
+            for method in contract.methods.values()
+            if target != BUILT_IN or method.message is not None
+        }
+        return sorted(self.pushed | names)
 
     def is_registered(self, name: str) -> bool:
         """Something answers to this message type or method, or it is pushed."""
