@@ -39,8 +39,9 @@ __all__ = ["Engine", "ServerOptions", "ShutdownReport"]
 
 _log = logging.getLogger("ipckit")
 _DOOR = "door"
-#: Connections to let in before the others are looked at again.
-_AT_A_TIME = 64
+#: So many connections come or go before the others are looked at again; and of those that come, so many seconds between.
+_AT_A_TIME = 8
+_BREATH = 0.0005
 _TURN = Wait((), 0.0)
 
 
@@ -75,7 +76,8 @@ class Engine:
         self._reception = Reception(self)
         self._complaints = Complaints(url)
         self._connections: set[ServerConnection] = set()
-        self._returned: deque[ServerConnection] = deque()  # to be heard, flushed and watched, or buried
+        self._returned: deque[ServerConnection] = deque()  # to be heard, flushed and watched
+        self._graves: deque[ServerConnection] = deque()  # lost, to be closed: after those that live
         self._timed: set[ServerConnection] = set()
         self._mutex = threading.Lock()  # guards what follows, and the watch's bell
         self._in_flight = 0
@@ -105,7 +107,7 @@ class Engine:
             until = self._chores()
             with self._mutex:
                 wait = self._watch.sleep(until)
-            if not (self._returned or not self._door_armed or self.closed):
+            if not (self._returned or self._graves or not self._door_armed or self.closed):
                 yield wait
             elif not self._threads:
                 yield _TURN  # handlers are tasks of the same loop: they get their turn, however much comes in
@@ -118,16 +120,21 @@ class Engine:
 
     def returned(self, conn: ServerConnection) -> None:
         """Nobody attends it any more, or something waits to be sent: the watcher sees to it."""
-        self._returned.append(conn)
+        (self._graves if conn.lost else self._returned).append(conn)
         self.wake()
 
     def _open_door(self) -> None:
         if self.stopping:
             self._door_armed = True
             return
-        if not self._door_armed and not self._let_in():
-            self._watch.put(_DOOR, self.listener.arm(Want.RECV))
-            self._door_armed = not self._let_in()  # once more after it was told that we are about to sleep
+        if self._door_armed:
+            return
+        self._door_armed = True
+        if self._let_in():
+            self._watch.put(_DOOR, Wait((), _BREATH))
+            return
+        self._watch.put(_DOOR, self.listener.arm(Want.RECV))
+        self._door_armed = not self._let_in()  # once more after it was told that we are about to sleep
 
     def _let_in(self) -> bool:
         """Some of those who wait. True if there may be more: first it is the turn of those who are here."""
@@ -170,6 +177,10 @@ class Engine:
                 except BROKEN as error:
                     self.lose(conn, error)
             if conn.lost:
+                self._bury(conn)
+        for _ in range(min(len(self._graves), _AT_A_TIME)):
+            conn = self._graves.popleft()
+            if conn.attendant is None:
                 self._bury(conn)
 
     def _settle_one(self, conn: ServerConnection) -> None:
@@ -471,7 +482,7 @@ class Engine:
             self._released = True
             self._watch.close()
         self.listener.close()
-        for conn in (*self._connections, *self._reception.waiting()):
+        for conn in {*self._connections, *self._reception.waiting(), *self._graves}:
             with conn.mutex:
                 conn.lost = True
                 cancelled = conn.core.lost("shutdown")
