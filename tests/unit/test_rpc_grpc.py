@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -446,6 +447,28 @@ def test_options_of_channels_and_wrong_names_are_refused(shop: Shop) -> None:
             ipckit.Server(made.url, shop)
     with pytest.raises(errors.NothingListening):
         ipckit.client(made.url, timeout=0.2)
+
+
+def test_what_a_loop_cannot_serve_leaves_nothing_behind(shop: Shop) -> None:
+    async def main() -> None:
+        async with ipckit.aio.Server(HERE, shop) as made:
+            for wrong in (made.url, HERE):
+                with pytest.raises(errors.ConfigError if wrong == HERE else errors.AddressInUse):
+                    await ipckit.aio.Server(wrong, object())
+
+    asyncio.run(main())
+
+
+def test_what_calls_need_and_channels_do_not_is_named_when_it_is_missing() -> None:
+    source = (
+        "import sys; sys.modules['grpc_reflection'] = None\n"
+        "import ipckit\n"
+        "try: ipckit.client('grpc://127.0.0.1:1')\n"
+        "except ipckit.errors.MissingDependency as error: print(error.message, error.hint)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=50)
+    assert "grpc_reflection" in found.stdout
+    assert ".[grpc]" in found.stdout
 
 
 def test_mutual_tls(tmp_path: Path, shop: Shop) -> None:

@@ -33,6 +33,8 @@ from ._status import Status
 class AsyncServer(_tasks.AsyncServer):
     """`ipckit.aio.Server` of grpc://."""
 
+    _server: Any = None
+
     async def _open(self) -> Self:
         opening = self._opened
         assert isinstance(opening, Opening)
@@ -40,24 +42,34 @@ class AsyncServer(_tasks.AsyncServer):
         await opening.arun(door.taking(), self._timeout)
         grpc.aio.init_grpc_aio()  # and never to its end: to begin again with the next server is more than gRPC stands
         server = grpc.aio.server(options=settings_of_server(door.options, self._serving))
+        try:
+            site = self._furnish(door, server)
+            await server.start()
+        except BaseException:
+            await server.start()  # one that was never started cannot be stopped
+            await server.stop(None)
+            door.close()
+            raise
+        Endpoint.__init__(self, site, site.url, opening.capabilities)
+        return self
+
+    def _furnish(self, door: Door, server: Any) -> Site:
+        """Everything that there is before the first call."""
         self._engine = site = Site(door.bind(server), self._serving, self._interceptors)  # type: ignore[assignment]
         self._site, self._door, self._server = site, door, server
         self._health = HealthServicer()
         self._report = None
-        loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        site.native, site.loop = server, lambda: loop
-        site.on_abandon = door.abandon
-        Endpoint.__init__(self, site, site.url, opening.capabilities)
-        try:
-            self._hall = Hall(site, self._make, _refuse, ReflectionServicer, self._health)
-            for service in self._services:
-                self.expose(target_name(service), service)
-            server.add_generic_rpc_handlers((self._hall,))
-        finally:
-            await server.start()  # one that was never started cannot be stopped
-        self._watcher = loop.create_task(asyncio.sleep(0))
-        return self
+        loop = asyncio.get_running_loop()
+        site.native, site.loop, site.on_abandon = server, lambda: loop, door.abandon
+        self._hall = Hall(site, self._make, _refuse, ReflectionServicer, self._health)
+        for service in self._services:
+            self.expose(target_name(service), service)
+        server.add_generic_rpc_handlers((self._hall,))
+        return site
+
+    async def __aenter__(self) -> Self:
+        return await self if self._server is None else self
 
     # -- services ------------------------------------------------------------------------------------------------------
 
