@@ -17,6 +17,7 @@ Building is done from msgspec's view of the types; converting goes by the descri
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -191,16 +192,21 @@ def _arguments(
         return msgspec.structs.astuple(_checked(fields, record))
 
     if method.stream is None and method.plain and all(each.type in _SCALARS for each in method.parameters):
-        getters = [partial(_get, each.name) for each in method.parameters]
+        get = operator.attrgetter(*names) if names else None
+        only = names[0] if len(names) == 1 else None
 
         def quick(args: tuple[Any, ...]) -> Message:
             try:
+                if only is not None:
+                    return request(**{only: args[0]})
                 return request(**dict(zip(names, args, strict=True)))
             except (TypeError, ValueError):
                 return encode(args)
 
         def quickly(message: Message) -> tuple[Any, ...]:
-            return tuple([get(message) for get in getters])
+            if get is None:
+                return ()
+            return (get(message),) if only is not None else get(message)
 
         return quick, quickly
     return encode, decode
