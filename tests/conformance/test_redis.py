@@ -3,7 +3,7 @@ from uuid import uuid4
 
 import pytest
 
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, broker
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract, broker
 from ipckit.testing.servers import Server, redis_server
 
 
@@ -51,3 +51,11 @@ class TestRedisTopics(PubSubContract):
     @pytest.fixture
     def url(self, server: Server) -> str:
         return server.address(f"/0/topics-{uuid4().hex}")
+
+
+class TestRedisCalls(RpcContract):
+    schemes = ("redis", "redis+unix", "rediss")
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return server.address(f"/0/calls-{uuid4().hex}")

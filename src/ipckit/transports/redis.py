@@ -62,7 +62,7 @@ class RedisOptions(PlaceOptions):
 
 class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[TopicOptions]):
     capabilities = Capabilities(
-        patterns=frozenset({"channel", "queue", "pubsub"}),
+        patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         durable=True,
         headers=True,
         redelivery=True,
