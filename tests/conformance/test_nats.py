@@ -4,7 +4,7 @@ import pytest
 import trustme
 
 from ipckit import Capabilities
-from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, broker
+from ipckit.testing.conformance import ChannelContract, PubSubContract, QueueContract, RpcContract, broker
 from ipckit.testing.conformance._base import SLACK
 from ipckit.testing.servers import Server, nats_server
 
@@ -83,3 +83,11 @@ class TestNatsTopics(PubSubContract):
     @pytest.fixture
     def url(self, roomy: Server) -> str:
         return roomy.address(f"/topics-{secrets.token_hex(4)}")
+
+
+class TestNatsCalls(RpcContract):
+    schemes = ("nats", "nats+tls")
+
+    @pytest.fixture
+    def url(self, server: Server) -> str:
+        return server.address(f"/calls-{secrets.token_hex(4)}")

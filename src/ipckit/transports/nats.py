@@ -64,7 +64,7 @@ class _Cut(errors.IpcError):
 
 class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOptions]):
     capabilities: ClassVar[Capabilities] = Capabilities(
-        patterns=frozenset({"channel", "queue", "pubsub"}),
+        patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         durable=True,
         headers=True,
         redelivery=True,
