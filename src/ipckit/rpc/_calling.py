@@ -307,8 +307,11 @@ class Base(Endpoint):
             raise again(conn.error, request.operation)
 
     def _worth_again(self, error: errors.IpcError, request: Request) -> bool:
-        lost = isinstance(error, (*BROKEN, errors.ShuttingDown))
-        return lost and request.retriable and not self.closed
+        if self.closed:
+            return False
+        if isinstance(error, failures.NotTaken):
+            return request.stream is None
+        return isinstance(error, (*BROKEN, errors.ShuttingDown)) and request.retriable
 
     def _overdue(self, request: Request) -> errors.DeadlineExceeded:
         return errors.DeadlineExceeded("no answer before the deadline", url=self.url, operation=request.operation)

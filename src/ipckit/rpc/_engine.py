@@ -29,6 +29,7 @@ from ._exposed import Exposed, Services
 from ._foreign import unfit
 from ._limits import COUNTS, ServerOptions, ShutdownReport, statistics
 from ._reception import Complaints, Reception, farewell
+from ._routing import Attached
 from ._serving import Job
 from ._session import PAUSE, ServerConnection
 from .context import CallContext
@@ -85,6 +86,8 @@ class Engine:
         self._released = False
         self.closed = False
         self._door_armed = False
+        if isinstance(listener, Attached):
+            listener.attach(self)
 
     @property
     def native(self) -> Any:
@@ -124,7 +127,7 @@ class Engine:
         self.wake()
 
     def _open_door(self) -> None:
-        if self.stopping:
+        if self.stopping and not isinstance(self.listener, Attached):
             self._door_armed = True
             return
         if self._door_armed:
@@ -150,6 +153,8 @@ class Engine:
         conn = self._reception.admit(link, len(self._connections) >= self.options.max_connections)
         if conn is None:
             return
+        if self.stopping:
+            conn.core.goodbye()
         if not conn.excess:
             self._connections.add(conn)
         self._returned.append(conn)
@@ -447,6 +452,8 @@ class Engine:
     def stop(self) -> int:
         """Take no new connections and no new calls. Returns how many are under way."""
         self.stopping = True
+        if isinstance(self.listener, Attached):
+            self.listener.withdraw()
         for conn in tuple(self._connections):
             with conn.mutex:
                 conn.core.goodbye()

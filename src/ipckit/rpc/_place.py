@@ -15,6 +15,7 @@ from .._endpoint import Opening
 from .._spi import Abandoning, Calls, Link, Listener, Steps, Wait, Want
 from .._url import Url, parse
 from ..channel import AsyncChannel, Channel
+from ._routing import Board, Router
 
 
 class Place(Opening):
@@ -38,17 +39,17 @@ class Place(Opening):
 
     def listen(self) -> Steps[Listener]:
         if self._link is None:
-            own = self.transport
-            opening = own.serve if isinstance(own, Calls) else own.listen
-            return (yield from opening(self.url, self._options))
+            if isinstance(self.transport, Calls):
+                return Board((yield from self.transport.exchange(self.url, self._options, serving=True)))
+            return (yield from self.transport.listen(self.url, self._options))
         link, self._link = self._link, None
         return OneClient(self.url, link)
 
     def connect(self) -> Steps[Link]:
         if self.end is None:
-            own = self.transport
-            opening = own.call if isinstance(own, Calls) else own.connect
-            return (yield from opening(self.url, self._options))
+            if isinstance(self.transport, Calls):
+                return Router((yield from self.transport.exchange(self.url, self._options, serving=False)))
+            return (yield from self.transport.connect(self.url, self._options))
         link, self._link = self._link, None
         if link is None:
             raise errors.NothingListening(

@@ -8,6 +8,14 @@ from typing import Any
 from .. import errors
 from .events import Failure
 
+
+class NotTaken(errors.PeerDied):
+    """No server has taken the call: whatever the method does, it may be made again."""
+
+
+#: The code of what a router says of a call that no server has taken.
+NOT_TAKEN = "NOT_TAKEN"
+
 #: Codes that travel. Where a dialect has names of its own, it maps these.
 CODES: dict[str, type[errors.IpcError]] = {
     "REMOTE_ERROR": errors.RemoteError,
@@ -21,7 +29,9 @@ CODES: dict[str, type[errors.IpcError]] = {
     "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
     "CANCELLED": errors.Cancelled,
     "SHUTTING_DOWN": errors.ShuttingDown,
-    "PEER_DIED": errors.PeerDied,  # of one of several servers behind one connection
+    "PEER_DIED": errors.PeerDied,
+    "PEER_CLOSED": errors.PeerClosed,
+    NOT_TAKEN: NotTaken,
 }
 #: What a handler raises to say it of its own call; other errors of ipckit are its private affairs.
 _SPOKEN: dict[type[BaseException], str] = {

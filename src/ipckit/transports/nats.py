@@ -30,6 +30,8 @@ from typing import Any, ClassVar, cast
 from .. import errors
 from .._capabilities import Capabilities
 from .._spi import (
+    Calls,
+    Exchange,
     Intake,
     Link,
     Listener,
@@ -45,7 +47,7 @@ from .._spi import (
     Wait,
 )
 from .._url import Url
-from . import _mail, _nats_queue, _nats_topics, _natsclient, _rendezvous
+from . import _mail, _nats_calls, _nats_queue, _nats_topics, _natsclient, _rendezvous
 from . import _natswire as wire
 from ._jetstream import QueueOptions, TopicOptions
 from ._natsclient import Connection, NatsOptions, map_nats
@@ -62,7 +64,7 @@ class _Cut(errors.IpcError):
     """Whoever is connecting needs another connection."""
 
 
-class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOptions]):
+class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOptions], Calls[NatsOptions]):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         durable=True,
@@ -121,6 +123,9 @@ class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOp
         except errors.Timeout as timeout:
             message = "no NATS server answers" if reason is None else reason.message
             raise errors.NothingListening(message, url=url, operation="connect") from reason or timeout
+
+    def exchange(self, url: Url, options: NatsOptions, *, serving: bool) -> Steps[Exchange]:
+        return _nats_calls.open_exchange(url, _name(url), options, serving=serving)
 
     def sender(self, url: Url, options: QueueOptions) -> Steps[Outlet]:
         return _nats_queue.sender(url, options)

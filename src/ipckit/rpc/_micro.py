@@ -1,0 +1,234 @@
+"""The NATS service that a server is to stock clients: `$SRV.PING`, `INFO` and `STATS` (NATS ADR-32), and unary calls in JSON.
+
+A request to `NAME.TARGET.METHOD` has the arguments as a JSON object (or the message that the method takes), the answer is the result in
+JSON. An error has the headers `Nats-Service-Error` and `Nats-Service-Error-Code`. A request may bring `Ipckit-Timeout` (seconds) and
+`traceparent`. To the engine all these clients are one link, whose frames are ours with JSON in them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple, Protocol
+
+import msgspec
+
+from .. import __version__, errors
+from .._spi import Came, Exchange, Peer, Wait, Want
+from ..transports._bell import Bell
+from . import events
+from ._exposed import BUILT_IN, Services
+from .contract import Shape
+from .dialects import Native
+
+_CODES = {
+    "UNKNOWN_METHOD": 404,
+    "UNKNOWN_TARGET": 404,
+    "SCHEMA": 400,
+    "CODEC": 400,
+    "TOO_LARGE": 413,
+    "RATE_LIMITED": 429,
+    "TARGET_BUSY": 503,
+    "SHUTTING_DOWN": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+
+
+class _Responding(Exchange, Protocol):
+    """An exchange that brings `request`s."""
+
+    micro: str
+    service: str
+    key: str
+
+    def respond(self, to: str, body: bytes, headers: bytes = b"") -> None: ...
+
+
+class _Serving(Protocol):
+    services: Services
+
+
+class _InJson(Native):
+    """Our frames, JSON in them."""
+
+    name = "nats micro"
+    format: Literal["msgpack", "json"] = "json"
+    named = True
+
+
+class _Asked(NamedTuple):
+    reply: str
+    endpoint: str
+    began: float
+
+
+class _Count:
+    __slots__ = ("errors", "last_error", "requests", "seconds")
+
+    def __init__(self) -> None:
+        self.requests = self.errors = 0
+        self.seconds = 0.0
+        self.last_error = ""
+
+
+class Micro:
+    """The service. `link` is every stock client together."""
+
+    def __init__(self, exchange: _Responding, engine: _Serving) -> None:
+        self._exchange, self._engine = exchange, engine
+        self._started = datetime.now(UTC)
+        self._counts: dict[str, _Count] = {}
+        self.link = MicroLink(self)
+
+    def request(self, came: Came) -> None:
+        """By who fetches."""
+        if came.subject.startswith("$SRV."):
+            verb = came.subject.split(".")[1]
+            if came.who:
+                self._exchange.respond(came.who, msgspec.json.encode(self._about(verb)))
+            return
+        target, method = came.subject.split(".")[-2:]
+        self.link.put(came, target, method)
+
+    # -- what it says about itself ---------------------------------------------------------------------------------------
+
+    def _about(self, verb: str) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "type": f"io.nats.micro.v1.{verb.lower()}_response",
+            "name": self._exchange.service,
+            "id": self._exchange.key,
+            "version": __version__,
+            "metadata": self._engine.services.fingerprints(),
+        }
+        if verb == "INFO":
+            found["description"] = "an ipckit server"
+            found["endpoints"] = [{**each, "metadata": {}} for each in self._endpoints()]
+        elif verb == "STATS":
+            found["started"] = self._started.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            found["endpoints"] = [{**each, **self._stats(each["name"])} for each in self._endpoints()]
+        return found
+
+    def _endpoints(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": f"{target}_{method.name}",
+                "subject": f"{self._exchange.micro}.{target}.{method.name}",
+                "queue_group": "q",
+            }
+            for target, contract in self._engine.services.contracts.items()
+            if target != BUILT_IN
+            for method in contract.methods.values()
+            if method.shape is Shape.UNARY
+        ]
+
+    def _stats(self, endpoint: str) -> dict[str, Any]:
+        count = self._counts.get(endpoint) or _Count()
+        spent = int(count.seconds * 1e9)
+        return {
+            "num_requests": count.requests,
+            "num_errors": count.errors,
+            "last_error": count.last_error,
+            "processing_time": spent,
+            "average_processing_time": spent // max(count.requests, 1),
+        }
+
+    # -- answers -----------------------------------------------------------------------------------------------------------
+
+    def result(self, asked: _Asked, body: bytes) -> None:
+        self._count(asked)
+        if asked.reply:
+            self._exchange.respond(asked.reply, body)
+
+    def failure(self, asked: _Asked, failure: events.Failure) -> None:
+        count = self._count(asked)
+        text = " ".join(f"{failure.type}: {failure.message}".removeprefix(": ").split())
+        count.errors += 1
+        count.last_error = f"{failure.code}:{text}"
+        if asked.reply:
+            code = _CODES.get(failure.code, 500)
+            headers = f"NATS/1.0\r\nNats-Service-Error: {text}\r\nNats-Service-Error-Code: {code}\r\n\r\n"
+            self._exchange.respond(
+                asked.reply, msgspec.json.encode({"error": failure.code, "message": text}), headers.encode()
+            )
+
+    def _count(self, asked: _Asked) -> _Count:
+        count = self._counts.setdefault(asked.endpoint, _Count())
+        count.requests += 1
+        count.seconds += time.monotonic() - asked.began
+        return count
+
+
+class MicroLink:
+    """A Link."""
+
+    def __init__(self, micro: Micro) -> None:
+        self.dialect = _InJson()
+        self.peer = Peer(address="NATS clients")
+        self.native = None
+        self._micro = micro
+        self._ids = itertools.count(1)
+        self._asked: dict[int, _Asked] = {}
+        self._inbox: deque[bytes] = deque()
+        self._bell = Bell()
+        self._closed = False
+
+    def put(self, came: Came, target: str, method: str) -> None:
+        id = next(self._ids) & 0xFFFFFFFF or next(self._ids)
+        asked = self._asked[id] = _Asked(came.who, f"{target}_{method}", time.monotonic())
+        metadata, ttl = _read_headers(came.head or {})
+        exposed = self._micro._engine.services.find(target, method)
+        if target == BUILT_IN or (exposed is not None and exposed.method.shape is not Shape.UNARY):
+            self._asked.pop(id)
+            self._micro.failure(
+                asked, events.Failure(id, "UNKNOWN_METHOD", f"{target}.{method} is not for one request")
+            )
+            return
+        event = events.Call(id, target, method, came.body or b"null", ttl, metadata)
+        try:
+            self._inbox.extend(self.dialect.encode(event))
+        except errors.ProtocolError as error:
+            self._asked.pop(id)
+            self._micro.failure(asked, events.Failure(id, "TOO_LARGE", error.message))
+            return
+        self._bell.ring()
+
+    def try_send(self, frame: Any) -> bool:
+        event = self.dialect.decode(bytes(frame))[0]
+        if isinstance(event, events.Result | events.Failure):
+            asked = self._asked.pop(event.id, None)
+            if asked is not None and isinstance(event, events.Result):
+                self._micro.result(asked, event.body)
+            elif asked is not None and isinstance(event, events.Failure):
+                self._micro.failure(asked, event)
+        return True
+
+    def try_flush(self) -> bool:
+        return self._micro._exchange.try_flush()
+
+    def try_recv(self) -> bytes | None:
+        if self._closed:
+            raise errors.Closed("this connection is closed")
+        return self._inbox.popleft() if self._inbox else None
+
+    def arm(self, want: Want) -> Wait:
+        wait = Wait((self._bell.announce(),))
+        return wait._replace(at_most=0.005) if want & Want.SEND else wait
+
+    def close(self) -> None:
+        self._closed = True
+
+    def abandon(self) -> None:
+        pass
+
+
+def _read_headers(head: Mapping[str, str]) -> tuple[dict[str, str], float | None]:
+    """Metadata and the time that the call may take."""
+    metadata = {name.lower(): value for name, value in head.items()}
+    try:
+        ttl = float(metadata.pop("ipckit-timeout", ""))
+    except ValueError:
+        return metadata, None
+    return metadata, ttl if ttl > 0 else None

@@ -1,0 +1,413 @@
+"""Calls through a broker: one link for a client, though each of its calls may be with another server.
+
+`Router` is that link. It lets the frame of a new call go to the group, learns from the first answer which server has it, and sends
+what else belongs to the call (items, credits, a cancellation) there. `Board` is a server's listener: it makes a `Session`, which is
+a link, of everything that comes from one client. So the state machines above know nothing of all this.
+
+Nobody confirms that he has taken a call: that would double the price of a short one. Instead, a client that has heard nothing
+for a while *inquires*. When the server that has a call dies, that call fails and no other; who may repeat it does, and another
+server takes it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from .. import errors
+from .._spi import Came, Exchange, Link, Peer, Wait, Want
+from .._url import Url
+from ..transports._bell import Bell
+from . import events
+from .dialects import CALL, END, FAILURE, GOODBYE, HEAD, HELLO, PUSH, RESULT, SUBSCRIBE, UNSUBSCRIBE, Native
+from .failures import NOT_TAKEN
+
+#: How long a call may be without an answer before the client asks who has it, in seconds.
+_ASK_AFTER = 0.5
+_KIND = 0x7F  # the rest of the byte is a flag
+_native = Native()
+
+
+@runtime_checkable
+class Attached(Protocol):
+    """A listener that brings everything that its clients send, not only the clients; so it is heard until the end."""
+
+    def attach(self, engine: Any) -> None: ...
+
+    def withdraw(self) -> None:
+        """Take no new calls."""
+
+
+def _kind_and_id(frame: bytes) -> tuple[int, int]:
+    """(kind, id). Raises ProtocolError."""
+    if len(frame) < HEAD.size:
+        raise errors.ProtocolError(f"a frame of {len(frame)} bytes")
+    _, kind, _, id, _ = HEAD.unpack_from(frame)
+    return kind & _KIND, id
+
+
+# -- the client's side ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Way:
+    """Where a call is. `asked`: when we sent it, or inquired last."""
+
+    asked: float
+    server: str = ""
+    held: list[bytes] = field(default_factory=list)
+
+
+class Router:
+    """A Link. `mutex` guards the ways; an exchange takes frames from several threads."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._url = exchange.url
+        self._mutex = threading.RLock()
+        self._ways: dict[int, _Way] = {}
+        self._made: deque[bytes] = deque()  # what the servers that are gone can no longer say
+        self._types: set[str] = set()
+        self._hello: bytes | None = None
+        self._greeter = ""
+        self._end: errors.IpcError | None = None
+        for server in exchange.servers():
+            self._meet(server)
+
+    @property
+    def native(self) -> Any:
+        return self._exchange.native
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(address=self._url.path.lstrip("/"))
+
+    # -- sending -------------------------------------------------------------------------------------------------------
+
+    def try_send(self, frame: Any) -> bool:
+        if self._end is not None:
+            self._raise("call")
+        frame = bytes(frame)
+        kind, id = _kind_and_id(frame)
+        with self._mutex:
+            if kind == CALL:
+                server = self._exchange.try_call(id, frame)
+                if server is not None and id:
+                    self._ways[id] = _Way(time.monotonic(), server)
+                return server is not None
+            if kind == HELLO:
+                self._hello = frame
+                self._greet()
+                return True
+            if kind in (SUBSCRIBE, UNSUBSCRIBE):
+                self._subscription(frame)
+                return all([self._exchange.try_post(server, frame) for server in self._exchange.servers()])
+            way = self._ways.get(id)
+            if way is None:  # it is over, and nobody wants this any more
+                return True
+            if way.server and not way.held:
+                return self._exchange.try_post(way.server, frame)
+            if not way.held:
+                self._inquire(id, way)
+            way.held.append(frame)
+            return True
+
+    def _greet(self) -> None:
+        servers = self._exchange.servers()
+        if servers and self._hello is not None:
+            self._greeter = random.choice(servers)
+            self._exchange.try_post(self._greeter, self._hello)
+
+    def _subscription(self, frame: bytes) -> None:
+        event = _native.decode(frame)[0]
+        if isinstance(event, events.Subscribe):
+            self._types.update(event.types)
+        elif isinstance(event, events.Unsubscribe):
+            self._types.difference_update(event.types or tuple(self._types))
+
+    def _inquire(self, id: int, way: _Way) -> None:
+        way.asked = time.monotonic()
+        self._exchange.inquire(id)
+
+    def try_flush(self) -> bool:
+        return self._exchange.try_flush()
+
+    # -- receiving -----------------------------------------------------------------------------------------------------
+
+    def try_recv(self) -> bytes | None:
+        while True:
+            if self._made:
+                return self._made.popleft()
+            if self._end is not None:
+                self._raise("call")
+            came = self._exchange.try_fetch()
+            if came is None:
+                self._ask_about()
+                return None
+            with self._mutex:
+                frame = self._take(came)
+            if frame is not None:
+                return frame
+
+    def _take(self, came: Came) -> bytes | None:
+        what = came.what
+        if what == "frame":
+            return self._heard(came)
+        if what == "here":
+            self._meet(came.who)
+        elif what == "mine":
+            way = self._ways.get(came.id)
+            if way is not None:
+                self._found(came.id, way, came.who)
+        elif what == "nobody":
+            if self._ways.pop(came.id, None) is not None:
+                taken = not came.body
+                self._fail(
+                    came.id,
+                    "PEER_DIED" if taken else NOT_TAKEN,
+                    "the server that had taken the call is gone" if taken else "no server is there",
+                )
+        elif what in ("reset", "lost", "left"):
+            self._gone(came)
+        return None
+
+    def _heard(self, came: Came) -> bytes | None:
+        kind, id = _kind_and_id(came.body)
+        if kind in (RESULT, FAILURE, END):
+            self._ways.pop(id, None)
+        elif kind == HELLO:
+            if self._hello is None:
+                return None  # another's, after the first was given up
+            self._hello = None
+        elif kind == GOODBYE:
+            return None  # of one server; the broker gives it no more calls
+        elif kind != PUSH and (way := self._ways.get(id)) is not None:
+            self._found(id, way, came.who)
+        return came.body
+
+    def _found(self, id: int, way: _Way, server: str) -> None:
+        way.server = server
+        held, way.held = way.held, []
+        for frame in held:
+            self._exchange.try_post(server, frame)
+
+    def _meet(self, server: str) -> None:
+        self._exchange.watch(server, lambda: self._counts_on(server))
+        if self._types:
+            self._exchange.try_post(server, _native.encode(events.Subscribe(0, sorted(self._types)))[0])
+
+    def _counts_on(self, server: str) -> bool:
+        # Called where the broker's client works: it must not wait for the mutex.
+        return self._hello is not None or any(way.server in (server, "") for way in tuple(self._ways.values()))
+
+    def _gone(self, came: Came) -> None:
+        code = "PEER_CLOSED" if came.what == "left" else "PEER_DIED"
+        text = {"left": "the server has left", "lost": "the server that had the call is gone"}.get(
+            came.what, "the server has lost the call"
+        )
+        for id, way in tuple(self._ways.items()):
+            if way.server == came.who:
+                del self._ways[id]
+                self._fail(id, code, text)
+            elif not way.server:
+                self._inquire(id, way)
+        if not self._exchange.servers():
+            kind = errors.PeerClosed if came.what == "left" else errors.PeerDied
+            self._end = kind("the last server of this name is gone", url=self._url)
+        elif self._hello is not None and self._greeter == came.who:
+            self._greet()
+        elif came.what == "reset" and self._types:
+            self._meet(came.who)
+
+    def _fail(self, id: int, code: str, why: str) -> None:
+        self._made.extend(_native.encode(events.Failure(id, code, why)))
+
+    def _ask_about(self) -> None:
+        """The calls that nobody has answered for a while."""
+        if self._ways:
+            now = time.monotonic()
+            with self._mutex:
+                for id, way in self._ways.items():
+                    if not way.server and now - way.asked >= _ASK_AFTER:
+                        self._inquire(id, way)
+
+    def _raise(self, operation: str) -> None:
+        end = self._end
+        assert end is not None
+        raise type(end)(end.message, url=self._url, operation=operation) from end.__cause__
+
+    def arm(self, want: Want) -> Wait:
+        if self._made or self._end is not None:
+            return Wait((), 0)
+        wait = self._exchange.arm(want)
+        if want & Want.RECV and self._ways:
+            at_most = _ASK_AFTER if wait.at_most is None else min(wait.at_most, _ASK_AFTER)
+            wait = wait._replace(at_most=at_most)
+        return wait
+
+    def close(self) -> None:
+        if not isinstance(self._end, errors.Closed):
+            self._end = errors.Closed("this connection is closed", url=self._url)
+            self._exchange.close()
+
+    def abandon(self) -> None:
+        self._exchange.abandon()
+
+
+# -- the server's side ---------------------------------------------------------------------------------------------------
+
+
+class Board:
+    """A Listener: what comes through the exchange, sorted by who it is from. `try_accept` is what brings it; by one thread."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.url: Url = exchange.url
+        self._sessions: dict[str, Session] = {}
+        self._ready: deque[Link] = deque()
+        self._micro: Any = None
+        self._withdrawn = False
+
+    @property
+    def native(self) -> Any:
+        return self.exchange.native
+
+    def attach(self, engine: Any) -> None:
+        """The engine that this is the listener of: what clients that are no ipckit's may call is its business."""
+        micro = getattr(self.exchange, "micro", None)
+        if micro is not None:
+            from ._micro import Micro
+
+            self._micro = Micro(self.exchange, engine)
+            self._ready.append(self._micro.link)
+
+    def try_accept(self) -> Link | None:
+        while not self._ready:
+            came = self.exchange.try_fetch()
+            if came is None:
+                return None
+            self._take(came)
+        return self._ready.popleft()
+
+    def _take(self, came: Came) -> None:
+        session = self._sessions.get(came.who)
+        if came.what == "frame":
+            if session is None:
+                session = self._sessions[came.who] = Session(self, came.who)
+                self.exchange.watch(came.who, session.busy)
+                self._ready.append(session)
+            session.put(came.body)
+        elif came.what == "who":
+            self.exchange.answer(came.who, came.id, session is not None and session.has(came.id))
+        elif came.what == "request":
+            if self._micro is not None:
+                self._micro.request(came)
+        elif session is not None:
+            self._sessions.pop(came.who, None)
+            kind = errors.PeerClosed if came.what == "left" else errors.PeerDied
+            session.end(kind("the client is gone", url=self.url))
+
+    def forget(self, session: Session) -> None:
+        if self._sessions.get(session.who) is session:
+            del self._sessions[session.who]
+            self.exchange.drop(session.who)
+
+    def withdraw(self) -> None:
+        """Take no more calls."""
+        if not self._withdrawn:
+            self._withdrawn = True
+            self.exchange.withdraw()
+
+    def arm(self, want: Want) -> Wait:
+        return self.exchange.arm(Want.RECV)
+
+    def close(self) -> None:
+        self.withdraw()
+        self.exchange.close()
+
+    def abandon(self) -> None:
+        self.exchange.abandon()
+
+
+class Session:
+    """A Link: one client, as one of the servers has it."""
+
+    def __init__(self, board: Board, who: str) -> None:
+        self.who = who
+        self.peer = Peer(address=who)
+        self._board = board
+        self._exchange = board.exchange
+        self._inbox: deque[bytes] = deque()
+        self._calls: set[int] = set()
+        self._bell = Bell()
+        self._end: errors.IpcError | None = None
+
+    @property
+    def native(self) -> Any:
+        return self._exchange.native
+
+    def busy(self) -> bool:
+        return bool(self._calls)
+
+    def has(self, id: int) -> bool:
+        return id in self._calls
+
+    def put(self, frame: bytes) -> None:
+        """By who fetches."""
+        if len(frame) >= HEAD.size:
+            kind, id = _kind_and_id(frame)
+            if kind == CALL and id:
+                self._calls.add(id)
+        self._inbox.append(frame)
+        self._bell.ring()
+
+    def end(self, error: errors.IpcError) -> None:
+        if self._end is None:
+            self._end = error
+        self._bell.ring()
+
+    def try_send(self, frame: Any) -> bool:
+        if self._end is not None:
+            self._raise("send")
+        frame = bytes(frame)
+        if not self._exchange.try_post(self.who, frame):
+            return False
+        kind, id = _kind_and_id(frame)
+        if kind in (RESULT, FAILURE, END):
+            self._calls.discard(id)
+        return True
+
+    def try_flush(self) -> bool:
+        return self._exchange.try_flush()
+
+    def try_recv(self) -> bytes | None:
+        if self._inbox:
+            return self._inbox.popleft()
+        if self._end is not None:
+            self._raise("recv")
+        return None
+
+    def _raise(self, operation: str) -> None:
+        end = self._end
+        assert end is not None
+        raise type(end)(end.message, url=self._board.url, operation=operation) from end.__cause__
+
+    def arm(self, want: Want) -> Wait:
+        if self._end is not None:
+            return Wait((), 0)
+        bell = self._bell.announce()
+        if not want & Want.SEND:
+            return Wait((bell,))
+        return Wait((bell,), self._exchange.arm(Want.SEND).at_most)
+
+    def close(self) -> None:
+        if not isinstance(self._end, errors.Closed):
+            self._end = errors.Closed("this connection is closed", url=self._board.url)
+            self._board.forget(self)
+
+    def abandon(self) -> None:
+        pass  # the board lets go of the exchange

@@ -1,0 +1,486 @@
+"""Calls through NATS: an Exchange on subjects. The bytes are in docs/wire/rpc-brokers.md.
+
+    ipckit.rpc.NAME.call        the group: the broker gives each call to one of the servers
+    ipckit.rpc.NAME.all         every server: who is there?
+    ipckit.rpc.NAME.news        every client: here is a server
+    ipckit.rpc.NAME.to.<hex>    one of them; its letters go to `<address>.<tag>`, and the tag says what a refusal is about
+
+Every letter has a reply subject: the sender's address, under which the NATS server says at once that nobody subscribes there (503). So
+a letter is a question whether its receiver lives, too; while a call is under way, it is asked twice a second.
+
+Core NATS may lose letters. Those of a pair are numbered, so a loss ends what the two have to do with each other, and is never a
+gap. A call to the group has no number; who waits for its answer inquires. What comes from stock clients is on NAME.TARGET.METHOD.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from .. import errors
+from .._spi import Came, Steps, Wait, Want
+from .._url import Url
+from . import _natsclient
+from ._bridge import Bell
+from ._natsclient import Connection, NatsOptions
+
+_HEAD = struct.Struct(">BI")
+_ID = struct.Struct(">I")
+FRAME, PART, WHO, MINE, NOT_MINE, BYE, LEFT, HERE, PROBE = range(9)
+_COUNTED = PART
+_FIRST = 0xFFFFFFFF  # the number of what needs none
+
+_WRITTEN = 4 << 20  # bytes on their way to the socket before a sender waits
+_PART = 512 << 10  # bytes of one letter
+_IDLE = 20  # ticks between two probes of one who is not busy
+_RETRY = (0.02, 0.5)
+_ASK_FOR = 1.0
+
+
+class _Peer:
+    __slots__ = ("busy", "expected", "idle", "key", "partial", "sent")
+
+    def __init__(self, key: str, busy: Callable[[], bool]) -> None:
+        self.key = key
+        self.busy = busy
+        self.idle = 0
+        self.sent = self.expected = 0
+        self.partial = bytearray()
+
+
+def _never() -> bool:
+    return False
+
+
+class NatsExchange:
+    """What is marked *loop* runs on the client's loop, one at a time."""
+
+    def __init__(self, connection: Connection, name: str, options: NatsOptions, *, serving: bool) -> None:
+        self.url: Url = connection.url
+        self.address = f"ipckit.rpc.{name}.to.{secrets.token_hex(8)}"
+        self.key = secrets.token_hex(8)  # of this instance
+        self.micro = name if serving else None  # what stock clients' subjects begin with
+        self.service = name.replace(".", "_")
+        self._base = f"ipckit.rpc.{name}."
+        self._connection = connection
+        self._home = connection.home
+        self._serving = serving
+        self._limit = options.limit
+        self._part = min(_PART, connection.client.max_payload - 64)
+        self._bell = Bell(connection.home)
+        self._room = Bell(connection.home)
+        self._came: deque[Came] = deque()
+        self._peers: dict[str, _Peer] = {}
+        self._keys: dict[str, str] = {}  # of peers, to addresses
+        self._known: dict[str, None] = {}  # a client's servers
+        self._asking: dict[int, set[str]] = {}
+        self._group: list[Any] = []
+        self._found = asyncio.Event()
+        self._cut = connection.cut
+        self._closed = False
+        connection.mailboxes.add(self)
+
+    async def start(self) -> None:
+        """Loop."""
+        connection = self._connection
+        await connection.tap(f"{self.address}.*", self._letter)
+        if self._serving:
+            await connection.tap(f"{self._base}all", self._asked)
+            connection.connected = self._again
+            connection.last_words = self._last_words
+            await self._serve_others()
+            await connection.round_trip()
+            self._write(f"{self._base}news", f"{self.address}.n", HERE, _FIRST)
+            await connection.round_trip()  # every client knows us before we are given its call
+            self._group.append(await connection.tap(f"{self._base}call", self._called, "ipckit"))
+        else:
+            await connection.tap(f"{self._base}news", self._letter)
+            connection.last_words = self._last_words
+        await connection.round_trip()
+        connection.enter(self)
+        connection.leave()  # who opened it had entered as well
+
+    async def find(self) -> bool:
+        """Loop: ask who is there. True when somebody answered. Raises PeerError when the connection was lost."""
+        self._found = asyncio.Event()
+        self._write(f"{self._base}all", f"{self.address}.w", WHO, _FIRST, _ID.pack(0))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._found.wait(), _ASK_FOR)
+        self._check("client")
+        return bool(self._known)
+
+    @property
+    def native(self) -> Any:
+        return self._connection.client
+
+    def ring(self) -> None:
+        self._bell.ring()
+        self._room.ring()
+
+    # -- sending -------------------------------------------------------------------------------------------------------
+
+    def _write(self, subject: str, reply: str, kind: int, number: int, content: bytes | memoryview = b"") -> None:
+        """Loop."""
+        head = f"PUB {subject} {reply} {_HEAD.size + len(content)}\r\n".encode()
+        self._connection.write(b"".join((head, _HEAD.pack(kind, number), content, b"\r\n")))
+
+    def _check(self, operation: str) -> None:
+        if self._closed:
+            raise errors.Closed("this exchange is closed", url=self.url, operation=operation)
+        if self._serving:
+            self._connection.check(self._connection.cut, operation)
+        else:
+            self._connection.check(self._cut, operation)
+
+    def _crowded(self) -> bool:
+        if self._connection.unwritten <= _WRITTEN:
+            return False
+        self._home.turn()
+        return self._connection.unwritten > _WRITTEN
+
+    def _fits(self, frame: bytes) -> None:
+        if len(frame) > self._limit:
+            raise errors.MessageTooLarge(
+                f"{len(frame)} bytes, and the limit is {self._limit}", url=self.url, operation="call"
+            )
+
+    def try_call(self, id: int, frame: bytes) -> str | None:
+        self._fits(frame)
+        self._check("call")
+        if self._crowded():
+            return None
+        if len(frame) > self._part:  # its parts must not go to several servers
+            servers = self.servers()
+            if not servers:
+                return None
+            server = secrets.choice(servers)
+            return server if self.try_post(server, frame) else None
+        self._home.poke(lambda: self._write(f"{self._base}call", f"{self.address}.c{id:x}", FRAME, _FIRST, frame))
+        return ""
+
+    def try_post(self, to: str, frame: bytes) -> bool:
+        self._fits(frame)
+        self._check("send")
+        if self._crowded():
+            return False
+        self._home.poke(lambda: self._post(to, frame))
+        return True
+
+    def _post(self, to: str, frame: bytes) -> None:
+        """Loop."""
+        peer = self._peer(to)
+        rest = memoryview(frame)
+        while True:
+            part, rest = rest[: self._part], rest[self._part :]
+            self._write(f"{to}.s", f"{self.address}.p{peer.key}", PART if rest else FRAME, peer.sent, part)
+            peer.sent = (peer.sent + 1) & 0x7FFFFFFF
+            if not rest:
+                return
+
+    def _tell(self, to: str, kind: int, content: bytes = b"") -> None:
+        """Loop: what is not counted, but says how much was."""
+        peer = self._peers.get(to)
+        reply = f"{self.address}.p{peer.key}" if peer is not None else f"{self.address}.n"
+        self._write(f"{to}.s", reply, kind, _FIRST if peer is None else peer.sent, content)
+
+    def _peer(self, who: str) -> _Peer:
+        peer = self._peers.get(who)
+        if peer is None:
+            peer = self._peers[who] = _Peer(secrets.token_hex(4), _never)
+            self._keys[peer.key] = who
+        return peer
+
+    def try_flush(self) -> bool:
+        if not self._connection.unwritten:
+            return True
+        self._home.turn()
+        self._check("send")
+        return not self._connection.unwritten
+
+    # -- receiving -----------------------------------------------------------------------------------------------------
+
+    def _put(self, came: Came) -> None:
+        self._came.append(came)
+        self._bell.ring()
+
+    def _called(self, message: Any) -> None:
+        """Loop, as all of these, in the midst of the client's work: they must not raise. A call, from the group."""
+        payload: bytes = message.data
+        if len(payload) > _HEAD.size and payload[0] == FRAME and self._ours(message.reply):
+            self._put(Came("frame", message.reply.rpartition(".")[0], body=payload[_HEAD.size :]))
+
+    async def _serve_others(self) -> None:
+        """Loop: what is not ours to read. `rpc._micro` does."""
+        name = self.micro
+        await self._connection.tap(f"{name}.*.*", self._request, "q")
+        for verb in ("PING", "INFO", "STATS"):
+            for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{self.service}", f"$SRV.{verb}.{self.service}.{self.key}"):
+                await self._connection.tap(subject, self._request)
+
+    def _request(self, message: Any) -> None:
+        self._put(Came("request", message.reply, 0, message.data, message.subject, message.headers))
+
+    def respond(self, to: str, body: bytes, headers: bytes = b"") -> None:
+        """To one who is no ipckit. `headers` is the whole block."""
+        if headers:
+            head = f"HPUB {to} {len(headers)} {len(headers) + len(body)}\r\n"
+        else:
+            head = f"PUB {to} {len(body)}\r\n"
+        self._home.poke(lambda: self._connection.write(b"".join((head.encode(), headers, body, b"\r\n"))))
+
+    def _asked(self, message: Any) -> None:
+        """Who is there?"""
+        if self._ours(message.reply):
+            self._write(message.reply, f"{self.address}.n", HERE, _FIRST)
+
+    def _ours(self, subject: str) -> bool:
+        return subject.startswith(f"{self._base}to.")
+
+    def _letter(self, message: Any) -> None:
+        payload: bytes = message.data
+        if len(payload) < _HEAD.size:
+            if (message.headers or {}).get("Status") == "503":
+                self._refused(message.subject.rpartition(".")[2])
+            return
+        who = message.reply.rpartition(".")[0]
+        if not self._ours(who):
+            return
+        kind, number = _HEAD.unpack_from(payload)
+        content = payload[_HEAD.size :]
+        if kind == HERE:
+            self._appeared(who)
+        elif kind == BYE:
+            self._reset(who, tell=False)
+        elif kind == LEFT:
+            self._lose(who, "left")
+        elif number != _FIRST and not self._in_order(who, kind, number):
+            self._reset(who, tell=True)
+        elif kind <= _COUNTED:
+            self._counted(who, kind, content)
+        elif kind != PROBE and len(content) == _ID.size:
+            self._verdict(who, kind, _ID.unpack(content)[0])
+
+    def _in_order(self, who: str, kind: int, number: int) -> bool:
+        peer = self._peers.get(who)
+        if peer is None:  # one that we have forgotten
+            return kind == WHO or (number == 0 and kind <= _COUNTED)
+        return number == peer.expected
+
+    def _counted(self, who: str, kind: int, content: bytes) -> None:
+        peer = self._peer(who)
+        peer.expected = (peer.expected + 1) & 0x7FFFFFFF
+        if kind == PART or peer.partial:
+            if len(peer.partial) + len(content) > self._limit:
+                self._reset(who, tell=True)
+                return
+            peer.partial += content
+            if kind == PART:
+                return
+            content = bytes(peer.partial)
+            peer.partial = bytearray()
+        self._put(Came("frame", who, body=content))
+
+    def _verdict(self, who: str, kind: int, id: int) -> None:
+        if kind == WHO:
+            self._put(Came("who", who, id))
+        elif kind == MINE:
+            self._asking.pop(id, None)
+            self._put(Came("mine", who, id))
+        elif kind == NOT_MINE:
+            self._denied(id, who)
+
+    def _denied(self, id: int, who: str) -> None:
+        asked = self._asking.get(id)
+        if asked is not None:
+            asked.discard(who)
+            if not asked:
+                del self._asking[id]  # none of them has it
+                self._put(Came("nobody", "", id))
+
+    def _refused(self, tag: str) -> None:
+        """The server says that nobody subscribes."""
+        if tag == "w":
+            self._found.set()
+        elif tag[:1] == "c":
+            self._put(Came("nobody", "", int(tag[1:], 16), b"not taken"))
+        elif tag[:1] == "p" and (who := self._keys.get(tag[1:])) is not None:
+            self._lose(who, "lost")
+
+    def _appeared(self, who: str) -> None:
+        if not self._serving:
+            known = who in self._known
+            self._known[who] = None
+            self._found.set()
+            for id, asked in self._asking.items():
+                asked.add(who)
+                self._tell(who, WHO, _ID.pack(id))
+            if not known:
+                self._put(Came("here", who))
+
+    def _forget(self, who: str) -> None:
+        peer = self._peers.pop(who, None)
+        if peer is not None:
+            self._keys.pop(peer.key, None)
+
+    def _reset(self, who: str, *, tell: bool) -> None:
+        peer = self._peers.get(who)
+        if tell:
+            self._write(f"{who}.s", f"{self.address}.n", BYE, _FIRST)
+        self._forget(who)
+        if peer is not None:
+            if who in self._known:  # it lives
+                self._peer(who).busy = peer.busy
+            self._put(Came("reset", who))
+
+    def _lose(self, who: str, how: Any) -> None:
+        self._known.pop(who, None)
+        self._forget(who)
+        for id in tuple(self._asking):
+            self._denied(id, who)
+        self._put(Came(how, who))
+
+    def try_fetch(self) -> Came | None:
+        # Who finds something silences nothing: a server's watcher looks here more often than it announces that it sleeps.
+        if not self._came:
+            self._home.turn()
+            if not self._came:
+                self._check("recv")
+                return None
+        return self._came.popleft()
+
+    def arm(self, want: Want) -> Wait:
+        if want & Want.RECV:
+            wait = self._bell.arm()
+            return wait._replace(at_most=0.005) if want & Want.SEND else wait
+        # Nobody rings when the socket has taken what was written.
+        return self._room.arm()._replace(at_most=0.005)
+
+    # -- who is there --------------------------------------------------------------------------------------------------
+
+    def inquire(self, id: int) -> None:
+        self._home.do(lambda: self._inquire(id))
+
+    def _inquire(self, id: int) -> None:
+        """Loop."""
+        if id in self._asking:
+            return
+        if not self._known:
+            self._put(Came("nobody", "", id))
+            return
+        self._asking[id] = set(self._known)
+        for who in self._known:
+            self._peer(who)
+            self._tell(who, WHO, _ID.pack(id))
+
+    def answer(self, to: str, id: int, mine: bool) -> None:
+        self._home.poke(lambda: self._tell(to, MINE if mine else NOT_MINE, _ID.pack(id)))
+
+    def watch(self, who: str, busy: Callable[[], bool]) -> None:
+        def watch() -> None:
+            self._peer(who).busy = busy
+
+        self._home.poke(watch)
+
+    def drop(self, who: str) -> None:
+        def drop() -> None:
+            self._write(f"{who}.s", f"{self.address}.n", BYE, _FIRST)
+            self._forget(who)
+
+        if not self._closed:
+            self._home.poke(drop)
+
+    def servers(self) -> tuple[str, ...]:
+        return tuple(self._known)
+
+    def tick(self) -> None:
+        """Loop, twice a second."""
+        for who, peer in tuple(self._peers.items()):
+            peer.idle += 1
+            if peer.busy() or peer.idle >= _IDLE:
+                peer.idle = 0
+                self._tell(who, PROBE)
+
+    def verdict(self, *, nobody: bool) -> None:
+        """Ours come to our own address."""
+
+    def _again(self) -> None:
+        """Loop: the connection was lost and is back. What was under way meanwhile may be lost."""
+        for who in tuple(self._peers):
+            self._reset(who, tell=True)
+        self._write(f"{self._base}news", f"{self.address}.n", HERE, _FIRST)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def withdraw(self) -> None:
+        def withdraw() -> None:
+            group, self._group = self._group, []
+            for subscription in group:
+                self._connection.unsubscribe(subscription)
+
+        self._home.do(withdraw)
+
+    async def _last_words(self) -> None:
+        for who in self._peers:
+            self._write(f"{who}.s", f"{self.address}.n", LEFT, _FIRST)
+        await self._connection.round_trip()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._connection.mailboxes.discard(self)
+        self._connection.leave(self)
+        self._bell.close()
+        self._room.close()
+
+    def abandon(self) -> None:
+        self._connection.abandon()
+        self._bell.close()
+        self._room.close()
+
+
+def open_exchange(url: Url, name: str, options: NatsOptions, *, serving: bool) -> Steps[NatsExchange]:
+    """Raises NothingListening when the driver throws Timeout before a server was found, or NATS itself."""
+    pause = _RETRY[0]
+    operation = "serve" if serving else "client"
+    reason: errors.IpcError | None = None
+    try:
+        while True:
+            try:
+                connection = yield from _natsclient.connect(url, options, operation, reconnect=serving)
+                exchange = NatsExchange(connection, name, options, serving=serving)
+                yield from _begin(exchange)
+                return exchange
+            except (errors.NothingListening, errors.PeerError) as error:
+                reason = error
+            yield Wait((), pause)
+            pause = min(pause * 2, _RETRY[1])
+    except errors.Timeout as timeout:
+        message = "no NATS server answers" if reason is None else reason.message
+        raise errors.NothingListening(message, url=url, operation=operation) from reason or timeout
+
+
+def _begin(exchange: NatsExchange) -> Steps[None]:
+    pause = _RETRY[0]
+    home = exchange._home
+    try:
+        yield from home.steps(exchange.start)
+        while not exchange._serving and not (yield from home.steps(exchange.find)):
+            yield Wait((), pause)
+            pause = min(pause * 2, _RETRY[1])
+    except errors.Timeout as timeout:
+        exchange.close()
+        raise errors.NothingListening("nobody serves at this name", url=exchange.url, operation="client") from timeout
+    except errors.IpcError:
+        exchange.close()
+        raise
+    except BaseException as error:
+        exchange.close()
+        if not isinstance(error, Exception):
+            raise
+        raise _natsclient.map_nats(error, exchange.url, "open") from error
