@@ -75,6 +75,7 @@ class NatsExchange:
         self._bell = Bell(connection.home)
         self._room = Bell(connection.home)
         self._came: deque[Came] = deque()
+        self._tasks: deque[Callable[[], object]] = deque()
         self._peers: dict[str, _Peer] = {}
         self._keys: dict[str, str] = {}  # of peers, to addresses
         self._known: dict[str, None] = {}  # a client's servers
@@ -129,6 +130,16 @@ class NatsExchange:
         head = f"PUB {subject} {reply} {_HEAD.size + len(content)}\r\n".encode()
         self._connection.write(b"".join((head, _HEAD.pack(kind, number), content, b"\r\n")))
 
+    def _do(self, function: Callable[[], object]) -> None:
+        """On the loop, in the order in which it was asked for: the loop's own thread would else overtake the others."""
+        self._tasks.append(function)
+        self._home.poke(self._work)
+
+    def _work(self) -> None:
+        """Loop."""
+        while self._tasks:
+            self._tasks.popleft()()
+
     def _check(self, operation: str) -> None:
         if self._closed:
             raise errors.Closed("this exchange is closed", url=self.url, operation=operation)
@@ -160,7 +171,7 @@ class NatsExchange:
                 return None
             server = secrets.choice(servers)
             return server if self.try_post(server, frame) else None
-        self._home.poke(lambda: self._write(f"{self._base}call", f"{self.address}.c{id:x}", FRAME, _FIRST, frame))
+        self._do(lambda: self._write(f"{self._base}call", f"{self.address}.c{id:x}", FRAME, _FIRST, frame))
         return ""
 
     def try_post(self, to: str, frame: bytes) -> bool:
@@ -168,7 +179,7 @@ class NatsExchange:
         self._check("send")
         if self._crowded():
             return False
-        self._home.poke(lambda: self._post(to, frame))
+        self._do(lambda: self._post(to, frame))
         return True
 
     def _post(self, to: str, frame: bytes) -> None:
@@ -231,7 +242,7 @@ class NatsExchange:
             head = f"HPUB {to} {len(headers)} {len(headers) + len(body)}\r\n"
         else:
             head = f"PUB {to} {len(body)}\r\n"
-        self._home.poke(lambda: self._connection.write(b"".join((head.encode(), headers, body, b"\r\n"))))
+        self._do(lambda: self._connection.write(b"".join((head.encode(), headers, body, b"\r\n"))))
 
     def _asked(self, message: Any) -> None:
         """Who is there?"""
@@ -363,7 +374,7 @@ class NatsExchange:
     # -- who is there --------------------------------------------------------------------------------------------------
 
     def inquire(self, id: int) -> None:
-        self._home.do(lambda: self._inquire(id))
+        self._do(lambda: self._inquire(id))
 
     def _inquire(self, id: int) -> None:
         """Loop."""
@@ -378,13 +389,13 @@ class NatsExchange:
             self._tell(who, WHO, _ID.pack(id))
 
     def answer(self, to: str, id: int, mine: bool) -> None:
-        self._home.poke(lambda: self._tell(to, MINE if mine else NOT_MINE, _ID.pack(id)))
+        self._do(lambda: self._tell(to, MINE if mine else NOT_MINE, _ID.pack(id)))
 
     def watch(self, who: str, busy: Callable[[], bool]) -> None:
         def watch() -> None:
             self._peer(who).busy = busy
 
-        self._home.poke(watch)
+        self._do(watch)
 
     def drop(self, who: str) -> None:
         def drop() -> None:
@@ -392,7 +403,7 @@ class NatsExchange:
             self._forget(who)
 
         if not self._closed:
-            self._home.poke(drop)
+            self._do(drop)
 
     def servers(self) -> tuple[str, ...]:
         return tuple(self._known)
@@ -422,12 +433,11 @@ class NatsExchange:
             for subscription in group:
                 self._connection.unsubscribe(subscription)
 
-        self._home.do(withdraw)
+        self._home.do(withdraw)  # not one of the tasks, which may be done while the loop stands still
 
     async def _last_words(self) -> None:
         for who in self._peers:
-            self._write(f"{who}.s", f"{self.address}.n", LEFT, _FIRST)
-        await self._connection.round_trip()
+            self._write(f"{who}.s", f"{self.address}.n", LEFT, _FIRST)  # the socket has it before it is closed
 
     def close(self) -> None:
         if self._closed:
