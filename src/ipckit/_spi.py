@@ -463,7 +463,9 @@ class Came(NamedTuple):
 
 
 class Exchange(Protocol):
-    """Frames between clients and a group of servers that share one name, through a broker. `try_`, `arm`, `close` as for a Link.
+    """Frames between clients and a group of servers that share one name, through a broker.
+
+    `try_`, `arm` and `close` as for a Link.
 
     What a pair exchanges arrives whole and in order, or is over (`reset`, `lost`). A client's calls go to whichever server of the
     group the broker chooses, everything else to an address that a frame came from.

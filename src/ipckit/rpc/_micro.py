@@ -1,8 +1,8 @@
 """The NATS service that a server is to stock clients: `$SRV.PING`, `INFO` and `STATS` (NATS ADR-32), and unary calls in JSON.
 
-A request to `NAME.TARGET.METHOD` has the arguments as a JSON object (or the message that the method takes), the answer is the result in
-JSON. An error has the headers `Nats-Service-Error` and `Nats-Service-Error-Code`. A request may bring `Ipckit-Timeout` (seconds) and
-`traceparent`. To the engine all these clients are one link, whose frames are ours with JSON in them.
+A request to `NAME.TARGET.METHOD` has the arguments as a JSON object (or the message that the method takes), the answer is
+the result in JSON. An error has the headers `Nats-Service-Error` and `Nats-Service-Error-Code`. A request may bring
+`Ipckit-Timeout` (seconds) and `traceparent`. To the engine all these clients are one link, whose frames have JSON in them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -37,8 +37,14 @@ _CODES = {
 }
 
 
-class _Responding(Exchange, Protocol):
-    """An exchange that brings `request`s."""
+@runtime_checkable
+class Responding(Exchange, Protocol):
+    """An exchange that brings `request`s.
+
+    Attributes:
+        micro: what their subjects begin with.
+        service, key: the names of the service, and of this instance of it.
+    """
 
     micro: str
     service: str
@@ -77,7 +83,7 @@ class _Count:
 class Micro:
     """The service. `link` is every stock client together."""
 
-    def __init__(self, exchange: _Responding, engine: _Serving) -> None:
+    def __init__(self, exchange: Responding, engine: _Serving) -> None:
         self._exchange, self._engine = exchange, engine
         self._started = datetime.now(UTC)
         self._counts: dict[str, _Count] = {}
@@ -133,6 +139,7 @@ class Micro:
             "last_error": count.last_error,
             "processing_time": spent,
             "average_processing_time": spent // max(count.requests, 1),
+            "data": {},
         }
 
     # -- answers -----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Calls through a broker: one link for a client, though each of its calls may be with another server.
 
-`Router` is that link. It lets the frame of a new call go to the group, learns from the first answer which server has it, and sends
-what else belongs to the call (items, credits, a cancellation) there. `Board` is a server's listener: it makes a `Session`, which is
-a link, of everything that comes from one client. So the state machines above know nothing of all this.
+`Router` is that link. It lets the frame of a new call go to the group, learns from the first answer which server has it,
+and sends what else belongs to the call (items, credits, a cancellation) there. `Board` is a server's listener: it makes a
+`Session`, which is a link, of everything that comes from one client. So the state machines above know nothing of all this.
 
 Nobody confirms that he has taken a call: that would double the price of a short one. Instead, a client that has heard nothing
 for a while *inquires*. When the server that has a call dies, that call fails and no other; who may repeat it does, and another
@@ -59,7 +59,7 @@ class _Way:
 
     asked: float
     server: str = ""
-    held: list[bytes] = field(default_factory=list)
+    held: deque[bytes] = field(default_factory=deque)
 
 
 class Router:
@@ -71,6 +71,7 @@ class Router:
         self._mutex = threading.RLock()
         self._ways: dict[int, _Way] = {}
         self._made: deque[bytes] = deque()  # what the servers that are gone can no longer say
+        self._stuck = False  # a way has frames that the exchange had no room for
         self._types: set[str] = set()
         self._hello: bytes | None = None
         self._greeter = ""
@@ -94,27 +95,45 @@ class Router:
         frame = bytes(frame)
         kind, id = _kind_and_id(frame)
         with self._mutex:
-            if kind == CALL:
-                server = self._exchange.try_call(id, frame)
-                if server is not None and id:
-                    self._ways[id] = _Way(time.monotonic(), server)
-                return server is not None
-            if kind == HELLO:
-                self._hello = frame
-                self._greet()
+            try:
+                return self._send(kind, id, frame)
+            except errors.MessageTooLarge as error:
+                way = self._ways.pop(id, None)
+                if way is not None and way.server:
+                    self._exchange.try_post(way.server, _native.encode(events.Cancel(id))[0])
+                self._fail(id, "TOO_LARGE", error.message)
                 return True
-            if kind in (SUBSCRIBE, UNSUBSCRIBE):
-                self._subscription(frame)
-                return all([self._exchange.try_post(server, frame) for server in self._exchange.servers()])
-            way = self._ways.get(id)
-            if way is None:  # it is over, and nobody wants this any more
-                return True
-            if way.server and not way.held:
-                return self._exchange.try_post(way.server, frame)
-            if not way.held:
-                self._inquire(id, way)
-            way.held.append(frame)
+
+    def _send(self, kind: int, id: int, frame: bytes) -> bool:
+        if kind == CALL:
+            server = self._exchange.try_call(id, frame)
+            if server is not None and id:
+                self._ways[id] = _Way(time.monotonic(), server)
+            return server is not None
+        if kind == HELLO:
+            self._hello = frame
+            self._greet()
             return True
+        if kind in (SUBSCRIBE, UNSUBSCRIBE):
+            self._subscription(frame)
+            taken = [self._exchange.try_post(server, frame) for server in self._exchange.servers()]
+            return all(taken)  # it does no harm to tell it to one of them twice
+        way = self._ways.get(id)
+        if way is None:  # it is over, and nobody wants this any more
+            return True
+        if not way.server and not way.held:
+            self._inquire(id, way)
+        way.held.append(frame)  # no more than the credit of its stream
+        self._stuck |= not self._forward(way)
+        return True
+
+    def _forward(self, way: _Way) -> bool:
+        """What is held, to the server that has the call. True: nothing is left that could go."""
+        while way.server and way.held:
+            if not self._exchange.try_post(way.server, way.held[0]):
+                return False
+            way.held.popleft()
+        return True
 
     def _greet(self) -> None:
         servers = self._exchange.servers()
@@ -134,7 +153,11 @@ class Router:
         self._exchange.inquire(id)
 
     def try_flush(self) -> bool:
-        return self._exchange.try_flush()
+        if self._stuck:
+            with self._mutex:
+                gone = [self._forward(way) for way in self._ways.values()]
+                self._stuck = not all(gone)
+        return self._exchange.try_flush() and not self._stuck
 
     # -- receiving -----------------------------------------------------------------------------------------------------
 
@@ -162,7 +185,7 @@ class Router:
         elif what == "mine":
             way = self._ways.get(came.id)
             if way is not None:
-                self._found(came.id, way, came.who)
+                self._found(way, came.who)
         elif what == "nobody":
             if self._ways.pop(came.id, None) is not None:
                 taken = not came.body
@@ -186,14 +209,12 @@ class Router:
         elif kind == GOODBYE:
             return None  # of one server; the broker gives it no more calls
         elif kind != PUSH and (way := self._ways.get(id)) is not None:
-            self._found(id, way, came.who)
+            self._found(way, came.who)
         return came.body
 
-    def _found(self, id: int, way: _Way, server: str) -> None:
+    def _found(self, way: _Way, server: str) -> None:
         way.server = server
-        held, way.held = way.held, []
-        for frame in held:
-            self._exchange.try_post(server, frame)
+        self._stuck |= not self._forward(way)
 
     def _meet(self, server: str) -> None:
         self._exchange.watch(server, lambda: self._counts_on(server))
@@ -278,10 +299,9 @@ class Board:
 
     def attach(self, engine: Any) -> None:
         """The engine that this is the listener of: what clients that are no ipckit's may call is its business."""
-        micro = getattr(self.exchange, "micro", None)
-        if micro is not None:
-            from ._micro import Micro
+        from ._micro import Micro, Responding
 
+        if isinstance(self.exchange, Responding):
             self._micro = Micro(self.exchange, engine)
             self._ready.append(self._micro.link)
 
@@ -374,9 +394,13 @@ class Session:
         if self._end is not None:
             self._raise("send")
         frame = bytes(frame)
-        if not self._exchange.try_post(self.who, frame):
-            return False
         kind, id = _kind_and_id(frame)
+        try:
+            if not self._exchange.try_post(self.who, frame):
+                return False
+        except errors.MessageTooLarge as error:
+            kind = FAILURE
+            self._exchange.try_post(self.who, _native.encode(events.Failure(id, "TOO_LARGE", error.message))[0])
         if kind in (RESULT, FAILURE, END):
             self._calls.discard(id)
         return True

@@ -5,8 +5,8 @@
     ipckit.rpc.NAME.news        every client: here is a server
     ipckit.rpc.NAME.to.<hex>    one of them; its letters go to `<address>.<tag>`, and the tag says what a refusal is about
 
-Every letter has a reply subject: the sender's address, under which the NATS server says at once that nobody subscribes there (503). So
-a letter is a question whether its receiver lives, too; while a call is under way, it is asked twice a second.
+Every letter has a reply subject: the sender's address, where the NATS server says at once that nobody subscribes there (503).
+So a letter asks whether its receiver lives, too; while a call is under way, that is asked twice a second.
 
 Core NATS may lose letters. Those of a pair are numbered, so a loss ends what the two have to do with each other, and is never a
 gap. A call to the group has no number; who waits for its answer inquires. What comes from stock clients is on NAME.TARGET.METHOD.
@@ -64,7 +64,7 @@ class NatsExchange:
         self.url: Url = connection.url
         self.address = f"ipckit.rpc.{name}.to.{secrets.token_hex(8)}"
         self.key = secrets.token_hex(8)  # of this instance
-        self.micro = name if serving else None  # what stock clients' subjects begin with
+        self.micro = name
         self.service = name.replace(".", "_")
         self._base = f"ipckit.rpc.{name}."
         self._connection = connection
@@ -100,7 +100,7 @@ class NatsExchange:
             await connection.round_trip()  # every client knows us before we are given its call
             self._group.append(await connection.tap(f"{self._base}call", self._called, "ipckit"))
         else:
-            await connection.tap(f"{self._base}news", self._letter)
+            await connection.tap(f"{self._base}news", self._announced)
             connection.last_words = self._last_words
         await connection.round_trip()
         connection.enter(self)
@@ -238,16 +238,20 @@ class NatsExchange:
 
     def respond(self, to: str, body: bytes, headers: bytes = b"") -> None:
         """To one who is no ipckit. `headers` is the whole block."""
-        if headers:
-            head = f"HPUB {to} {len(headers)} {len(headers) + len(body)}\r\n"
-        else:
-            head = f"PUB {to} {len(body)}\r\n"
+        size = f"{len(headers)} {len(headers) + len(body)}" if headers else f"{len(body)}"
+        head = f"{'HPUB' if headers else 'PUB'} {to} {size}\r\n"
         self._do(lambda: self._connection.write(b"".join((head.encode(), headers, body, b"\r\n"))))
 
     def _asked(self, message: Any) -> None:
         """Who is there?"""
         if self._ours(message.reply):
             self._write(message.reply, f"{self.address}.n", HERE, _FIRST)
+
+    def _announced(self, message: Any) -> None:
+        """Here is a server."""
+        who = message.reply.rpartition(".")[0]
+        if self._ours(who) and message.data[:1] == bytes((HERE,)):
+            self._appeared(who)
 
     def _ours(self, subject: str) -> bool:
         return subject.startswith(f"{self._base}to.")
@@ -265,11 +269,13 @@ class NatsExchange:
         content = payload[_HEAD.size :]
         if kind == HERE:
             self._appeared(who)
+        elif not self._serving and who not in self._known:
+            return  # a server that we have given up, or no server at all
         elif kind == BYE:
             self._reset(who, tell=False)
         elif kind == LEFT:
             self._lose(who, "left")
-        elif number != _FIRST and not self._in_order(who, kind, number):
+        elif not self._in_order(who, kind, number):
             self._reset(who, tell=True)
         elif kind <= _COUNTED:
             self._counted(who, kind, content)
@@ -278,9 +284,9 @@ class NatsExchange:
 
     def _in_order(self, who: str, kind: int, number: int) -> bool:
         peer = self._peers.get(who)
-        if peer is None:  # one that we have forgotten
+        if peer is None:  # a new one, or one that we have forgotten
             return kind == WHO or (number == 0 and kind <= _COUNTED)
-        return number == peer.expected
+        return number == peer.expected or (number == _FIRST and kind > _COUNTED)
 
     def _counted(self, who: str, kind: int, content: bytes) -> None:
         peer = self._peer(who)
