@@ -447,7 +447,7 @@ class Came(NamedTuple):
         frame       `body` came from `who`
         here        a server has appeared at `who`
         mine        to a client that inquired: the call `id` is with `who`
-        nobody      no server has the call `id`; `body` is empty if it may have been begun by one that died
+        nobody      no server has the call `id`; `body` is empty if one may have begun it, and died
         who         to a server: does it have the call `id` of `who`? `answer` it
         reset       `who` has forgotten us, or something was lost on the way: its calls are over
         lost, left  `who` is gone: it died, or said so
@@ -467,8 +467,8 @@ class Exchange(Protocol):
 
     `try_`, `arm` and `close` as for a Link.
 
-    What a pair exchanges arrives whole and in order, or is over (`reset`, `lost`). A client's calls go to whichever server of the
-    group the broker chooses, everything else to an address that a frame came from.
+    What a pair exchanges arrives whole and in order, or is over (`reset`, `lost`). A client's calls go to whichever server
+    of the group the broker chooses, everything else to an address that a frame came from.
     """
 
     @property
@@ -500,8 +500,14 @@ class Exchange(Protocol):
     def servers(self) -> tuple[str, ...]:
         """Of a client: those that are there, as far as it knows."""
 
+    def finish(self, who: str, id: int) -> None:
+        """The call is over: of a server, this client's; of a client, our own."""
+
     def withdraw(self) -> None:
         """Of a server: take no more calls from the group."""
+
+    def pass_on(self, who: str, id: int, frame: bytes) -> None:
+        """Of a server that has withdrawn: a call that it has not begun goes back to the group."""
 
     def arm(self, want: Want) -> Wait: ...
 

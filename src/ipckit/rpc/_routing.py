@@ -23,7 +23,7 @@ from .._spi import Came, Exchange, Link, Peer, Wait, Want
 from .._url import Url
 from ..transports._bell import Bell
 from . import events
-from .dialects import CALL, END, FAILURE, GOODBYE, HEAD, HELLO, PUSH, RESULT, SUBSCRIBE, UNSUBSCRIBE, Native
+from .dialects import CALL, CANCEL, END, FAILURE, GOODBYE, HEAD, HELLO, PUSH, RESULT, SUBSCRIBE, UNSUBSCRIBE, Native
 from .failures import NOT_TAKEN
 
 #: How long a call may be without an answer before the client asks who has it, in seconds.
@@ -98,7 +98,8 @@ class Router:
             try:
                 return self._send(kind, id, frame)
             except errors.MessageTooLarge as error:
-                way = self._ways.pop(id, None)
+                way = self._ways.get(id)
+                self._over(id)
                 if way is not None and way.server:
                     self._exchange.try_post(way.server, _native.encode(events.Cancel(id))[0])
                 self._fail(id, "TOO_LARGE", error.message)
@@ -130,9 +131,13 @@ class Router:
     def _forward(self, way: _Way) -> bool:
         """What is held, to the server that has the call. True: nothing is left that could go."""
         while way.server and way.held:
-            if not self._exchange.try_post(way.server, way.held[0]):
+            frame = way.held[0]
+            if not self._exchange.try_post(way.server, frame):
                 return False
             way.held.popleft()
+            kind, id = _kind_and_id(frame)
+            if kind == CANCEL:  # nothing comes after it
+                self._over(id)
         return True
 
     def _greet(self) -> None:
@@ -155,7 +160,7 @@ class Router:
     def try_flush(self) -> bool:
         if self._stuck:
             with self._mutex:
-                gone = [self._forward(way) for way in self._ways.values()]
+                gone = [self._forward(way) for way in tuple(self._ways.values())]
                 self._stuck = not all(gone)
         return self._exchange.try_flush() and not self._stuck
 
@@ -187,7 +192,8 @@ class Router:
             if way is not None:
                 self._found(way, came.who)
         elif what == "nobody":
-            if self._ways.pop(came.id, None) is not None:
+            if came.id in self._ways:
+                self._over(came.id)
                 taken = not came.body
                 self._fail(
                     came.id,
@@ -201,7 +207,7 @@ class Router:
     def _heard(self, came: Came) -> bytes | None:
         kind, id = _kind_and_id(came.body)
         if kind in (RESULT, FAILURE, END):
-            self._ways.pop(id, None)
+            self._over(id)
         elif kind == HELLO:
             if self._hello is None:
                 return None  # another's, after the first was given up
@@ -211,6 +217,10 @@ class Router:
         elif kind != PUSH and (way := self._ways.get(id)) is not None:
             self._found(way, came.who)
         return came.body
+
+    def _over(self, id: int) -> None:
+        self._ways.pop(id, None)
+        self._exchange.finish("", id)
 
     def _found(self, way: _Way, server: str) -> None:
         way.server = server
@@ -232,7 +242,7 @@ class Router:
         )
         for id, way in tuple(self._ways.items()):
             if way.server == came.who:
-                del self._ways[id]
+                self._over(id)
                 self._fail(id, code, text)
             elif not way.server:
                 self._inquire(id, way)
@@ -252,7 +262,7 @@ class Router:
         if self._ways:
             now = time.monotonic()
             with self._mutex:
-                for id, way in self._ways.items():
+                for id, way in tuple(self._ways.items()):
                     if not way.server and now - way.asked >= _ASK_AFTER:
                         self._inquire(id, way)
 
@@ -265,10 +275,8 @@ class Router:
         if self._made or self._end is not None:
             return Wait((), 0)
         wait = self._exchange.arm(want)
-        if want & Want.RECV and self._ways:
-            at_most = _ASK_AFTER if wait.at_most is None else min(wait.at_most, _ASK_AFTER)
-            wait = wait._replace(at_most=at_most)
-        return wait
+        # Who sleeps here already is not woken for each call that somebody else makes: it looks after them now and then.
+        return wait._replace(at_most=_ASK_AFTER if wait.at_most is None else min(wait.at_most, _ASK_AFTER))
 
     def close(self) -> None:
         if not isinstance(self._end, errors.Closed):
@@ -291,7 +299,7 @@ class Board:
         self._sessions: dict[str, Session] = {}
         self._ready: deque[Link] = deque()
         self._micro: Any = None
-        self._withdrawn = False
+        self.withdrawn = False
 
     @property
     def native(self) -> Any:
@@ -338,8 +346,8 @@ class Board:
 
     def withdraw(self) -> None:
         """Take no more calls."""
-        if not self._withdrawn:
-            self._withdrawn = True
+        if not self.withdrawn:
+            self.withdrawn = True
             self.exchange.withdraw()
 
     def arm(self, want: Want) -> Wait:
@@ -382,6 +390,8 @@ class Session:
             kind, id = _kind_and_id(frame)
             if kind == CALL and id:
                 self._calls.add(id)
+            elif kind == CANCEL:  # no answer will say that it is over
+                self._finish(id)
         self._inbox.append(frame)
         self._bell.ring()
 
@@ -402,15 +412,26 @@ class Session:
             kind = FAILURE
             self._exchange.try_post(self.who, _native.encode(events.Failure(id, "TOO_LARGE", error.message))[0])
         if kind in (RESULT, FAILURE, END):
-            self._calls.discard(id)
+            self._finish(id)
         return True
+
+    def _finish(self, id: int) -> None:
+        self._calls.discard(id)
+        self._exchange.finish(self.who, id)
 
     def try_flush(self) -> bool:
         return self._exchange.try_flush()
 
     def try_recv(self) -> bytes | None:
-        if self._inbox:
-            return self._inbox.popleft()
+        while self._inbox:
+            frame = self._inbox.popleft()
+            if not (self._board.withdrawn and len(frame) >= HEAD.size):
+                return frame
+            kind, id = _kind_and_id(frame)
+            if kind != CALL:
+                return frame
+            self._calls.discard(id)
+            self._exchange.pass_on(self.who, id, frame)
         if self._end is not None:
             self._raise("recv")
         return None

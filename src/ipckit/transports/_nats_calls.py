@@ -433,6 +433,12 @@ class NatsExchange:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
+    def finish(self, who: str, id: int) -> None:
+        """Nothing is kept of it."""
+
+    def pass_on(self, who: str, id: int, frame: bytes) -> None:
+        self._do(lambda: self._write(f"{self._base}call", f"{who}.c{id:x}", FRAME, _FIRST, frame))
+
     def withdraw(self) -> None:
         def withdraw() -> None:
             group, self._group = self._group, []

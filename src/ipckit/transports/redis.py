@@ -28,6 +28,8 @@ from .. import _options, errors
 from .._capabilities import Capabilities
 from .._options import integer, option
 from .._spi import (
+    Calls,
+    Exchange,
     Intake,
     Link,
     Listener,
@@ -43,7 +45,7 @@ from .._spi import (
 )
 from .._url import Url
 from ..message import matches
-from . import _rendezvous
+from . import _redis_calls, _rendezvous
 from ._redis_address import PlaceOptions, read_address
 from ._redis_log import MAX_LANES, Adding, QueueOptions, TopicOptions
 from ._redis_mail import Post, make_channel
@@ -60,7 +62,7 @@ class RedisOptions(PlaceOptions):
     ttl: float = option(86400.0, _options.duration, "after which keys expire that nobody used")
 
 
-class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[TopicOptions]):
+class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[TopicOptions], Calls[RedisOptions]):
     capabilities = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         durable=True,
@@ -111,6 +113,9 @@ class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[Topic
             return (yield from _rendezvous.connect(post, options.limit, make_channel))
         finally:
             post.close()
+
+    def exchange(self, url: Url, options: RedisOptions, *, serving: bool) -> Steps[Exchange]:
+        return _redis_calls.open_exchange(read_address(url, options), options.limit, options.ttl, serving=serving)
 
     def sender(self, url: Url, options: QueueOptions) -> Steps[Outlet]:
         outlet = Adding(read_address(url, options), options, lanes=options.lanes)
