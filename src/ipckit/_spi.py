@@ -504,7 +504,10 @@ class Exchange(Protocol):
         """The call is over: of a server, this client's; of a client, our own."""
 
     def withdraw(self) -> None:
-        """Of a server: take no more calls from the group."""
+        """Of a server: take no more calls from the group. `settled` once none is on its way any more."""
+
+    @property
+    def settled(self) -> bool: ...
 
     def pass_on(self, who: str, id: int, frame: bytes) -> None:
         """Of a server that has withdrawn: a call that it has not begun goes back to the group."""

@@ -464,7 +464,12 @@ class Engine:
         return under_way
 
     def drained(self) -> bool:
-        return not self.in_flight
+        return not self.in_flight and not (isinstance(self.listener, Attached) and not self.listener.settled)
+
+    def settled(self) -> None:
+        """No more calls will come, those are counted that have."""
+        if self.on_drained is not None and not self.in_flight:
+            self.on_drained()
 
     def abort(self) -> int:
         """Cut off what is still under way. Returns how many."""

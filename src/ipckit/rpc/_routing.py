@@ -23,11 +23,29 @@ from .._spi import Came, Exchange, Link, Peer, Wait, Want
 from .._url import Url
 from ..transports._bell import Bell
 from . import events
-from .dialects import CALL, CANCEL, END, FAILURE, GOODBYE, HEAD, HELLO, PUSH, RESULT, SUBSCRIBE, UNSUBSCRIBE, Native
+from .dialects import (
+    CALL,
+    CANCEL,
+    CREDIT,
+    END,
+    FAILURE,
+    GOODBYE,
+    HEAD,
+    HELLO,
+    ITEM,
+    PUSH,
+    RESULT,
+    SUBSCRIBE,
+    UNSUBSCRIBE,
+    Native,
+)
 from .failures import NOT_TAKEN
 
 #: How long a call may be without an answer before the client asks who has it, in seconds.
 _ASK_AFTER = 0.5
+#: Of one client: so many calls that are over are remembered, and what came for so many that have not come.
+_PAST, _EARLY = 4096, 256
+_OF_A_CALL = frozenset({ITEM, END, CREDIT, CANCEL})
 _KIND = 0x7F  # the rest of the byte is a flag
 _native = Native()
 
@@ -40,6 +58,9 @@ class Attached(Protocol):
 
     def withdraw(self) -> None:
         """Take no new calls."""
+
+    @property
+    def settled(self) -> bool: ...
 
 
 def _kind_and_id(frame: bytes) -> tuple[int, int]:
@@ -299,6 +320,8 @@ class Board:
         self._sessions: dict[str, Session] = {}
         self._ready: deque[Link] = deque()
         self._micro: Any = None
+        self._engine: Any = None
+        self._sorting = threading.Lock()
         self.withdrawn = False
 
     @property
@@ -309,16 +332,31 @@ class Board:
         """The engine that this is the listener of: what clients that are no ipckit's may call is its business."""
         from ._micro import Micro, Responding
 
+        self._engine = engine
+
         if isinstance(self.exchange, Responding):
             self._micro = Micro(self.exchange, engine)
             self._ready.append(self._micro.link)
 
+    @property
+    def settled(self) -> bool:
+        """It has withdrawn, and nothing is left of what came before."""
+        if not (self.withdrawn and self.exchange.settled):
+            return False
+        with self._sorting:
+            return not any(session.waiting for session in tuple(self._sessions.values()))
+
     def try_accept(self) -> Link | None:
         while not self._ready:
-            came = self.exchange.try_fetch()
+            with self._sorting:
+                came = self.exchange.try_fetch()
+                if came is not None:
+                    self._take(came)
             if came is None:
+                if self._engine is not None and self.settled:
+                    engine, self._engine = self._engine, None
+                    engine.settled()
                 return None
-            self._take(came)
         return self._ready.popleft()
 
     def _take(self, came: Came) -> None:
@@ -371,6 +409,8 @@ class Session:
         self._exchange = board.exchange
         self._inbox: deque[bytes] = deque()
         self._calls: set[int] = set()
+        self._past: dict[int, None] = {}
+        self._early: dict[int, list[bytes]] = {}  # a broker may bring what follows a call before the call
         self._bell = Bell()
         self._end: errors.IpcError | None = None
 
@@ -381,18 +421,31 @@ class Session:
     def busy(self) -> bool:
         return bool(self._calls)
 
+    @property
+    def waiting(self) -> bool:
+        """Something has come that nobody has looked at."""
+        return bool(self._inbox)
+
     def has(self, id: int) -> bool:
         return id in self._calls
 
     def put(self, frame: bytes) -> None:
         """By who fetches."""
-        if len(frame) >= HEAD.size:
-            kind, id = _kind_and_id(frame)
-            if kind == CALL and id:
-                self._calls.add(id)
-            elif kind == CANCEL:  # no answer will say that it is over
-                self._finish(id)
+        kind, id = _kind_and_id(frame) if len(frame) >= HEAD.size else (0, 0)
+        if kind == CALL and id:
+            self._calls.add(id)
+        elif kind in _OF_A_CALL and id not in self._calls:
+            if id not in self._past:
+                self._early.setdefault(id, []).append(frame)
+                if len(self._early) > _EARLY:
+                    del self._early[next(iter(self._early))]
+            return
+        elif kind == CANCEL:  # no answer will say that it is over
+            self._finish(id)
         self._inbox.append(frame)
+        if kind == CALL and self._early:
+            for late in self._early.pop(id, ()):
+                self.put(late)
         self._bell.ring()
 
     def end(self, error: errors.IpcError) -> None:
@@ -417,6 +470,9 @@ class Session:
 
     def _finish(self, id: int) -> None:
         self._calls.discard(id)
+        self._past[id] = None
+        if len(self._past) > _PAST:
+            del self._past[next(iter(self._past))]
         self._exchange.finish(self.who, id)
 
     def try_flush(self) -> bool:
@@ -424,14 +480,13 @@ class Session:
 
     def try_recv(self) -> bytes | None:
         while self._inbox:
-            frame = self._inbox.popleft()
-            if not (self._board.withdrawn and len(frame) >= HEAD.size):
-                return frame
-            kind, id = _kind_and_id(frame)
+            frame = self._inbox[0]
+            kind, id = _kind_and_id(frame) if self._board.withdrawn and len(frame) >= HEAD.size else (0, 0)
             if kind != CALL:
-                return frame
-            self._calls.discard(id)
+                return self._inbox.popleft()
             self._exchange.pass_on(self.who, id, frame)
+            self._calls.discard(id)
+            self._inbox.popleft()
         if self._end is not None:
             self._raise("recv")
         return None

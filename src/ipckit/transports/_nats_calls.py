@@ -81,6 +81,8 @@ class NatsExchange:
         self._known: dict[str, None] = {}  # a client's servers
         self._asking: dict[int, set[str]] = {}
         self._group: list[Any] = []
+        self._leaving: asyncio.Task[None] | None = None
+        self._settled = False
         self._found = asyncio.Event()
         self._cut = connection.cut
         self._closed = False
@@ -370,6 +372,10 @@ class NatsExchange:
                 return None
         return self._came.popleft()
 
+    @property
+    def settled(self) -> bool:
+        return self._settled and not self._came
+
     def arm(self, want: Want) -> Wait:
         if want & Want.RECV:
             wait = self._bell.arm()
@@ -441,11 +447,22 @@ class NatsExchange:
 
     def withdraw(self) -> None:
         def withdraw() -> None:
-            group, self._group = self._group, []
-            for subscription in group:
-                self._connection.unsubscribe(subscription)
+            # The client would forget the subscription at once, and with it what is on its way.
+            lines = b"".join(f"UNSUB {each._id}\r\n".encode() for each in self._group)
+            if not self._connection.write(lines):
+                self._settled = True
+                return
+            self._leaving = self._home.loop.create_task(settle())
 
-        self._home.do(withdraw)  # not one of the tasks, which may be done while the loop stands still
+        async def settle() -> None:
+            try:
+                with contextlib.suppress(Exception):  # a connection that is lost brings nothing
+                    await self._connection.round_trip()
+            finally:
+                self._settled = True
+                self._bell.ring()
+
+        self._home.do(withdraw)
 
     async def _last_words(self) -> None:
         for who in self._peers:

@@ -162,7 +162,7 @@ class RedisExchange:
             if id:
                 self._live.add(id)
             self._add_call(self.address, id, frame)
-            self._writer.push()
+            self._push(self._writer)
             return ""
 
     def _add_call(self, who: str, id: int, frame: bytes) -> None:
@@ -183,7 +183,7 @@ class RedisExchange:
             if not self._room(frame):
                 return False
             self._tell(to, FRAME + frame)
-            self._writer.push()
+            self._push(self._writer)
             return True
 
     def _tell(self, to: str, letter: bytes) -> None:
@@ -211,19 +211,25 @@ class RedisExchange:
         except errors.PeerError as error:
             self._error = self._error or error
 
+    def _push(self, wire: Wire) -> None:
+        try:
+            wire.push()
+        except errors.PeerError as error:
+            self._error = self._error or error
+
     # -- receiving -----------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        """A read is outstanding whenever we have nothing."""
+        """A read is outstanding whenever we have nothing. Its reply is not looked for: who arms waits for that."""
         if not self._reading:
             self._reading = True
             self._reader.tell(self._read, "XREAD", "COUNT", 1024, "BLOCK", 0, "STREAMS", self.address, self._last)
-            self._pump(self._reader)
+            self._push(self._reader)
         if self._taker is not None and not self._taking and not self._withdrawn:
             self._taking = True
             words = ("GROUP", _GROUP, self.address, "COUNT", _TAKE, "BLOCK", 0, "STREAMS", self._key("calls"), ">")
             self._taker.tell(self._take, "XREADGROUP", *words)
-            self._pump(self._taker)
+            self._push(self._taker)
 
     def _read(self, reply: Any) -> None:
         self._reading = False
@@ -289,6 +295,11 @@ class RedisExchange:
                     self._check()
                     return None
             return self._came.popleft()
+
+    @property
+    def settled(self) -> bool:
+        with self._mutex:
+            return self._withdrawn and not self._taking and not self._came
 
     def arm(self, want: Want) -> Wait:
         with self._mutex:
