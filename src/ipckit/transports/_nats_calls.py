@@ -18,8 +18,10 @@ import asyncio
 import contextlib
 import secrets
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from .. import errors
@@ -40,6 +42,7 @@ _PART = 512 << 10  # bytes of one letter
 _IDLE = 20  # ticks between two probes of one who is not busy
 _RETRY = (0.02, 0.5)
 _ASK_FOR = 1.0
+_DENIED_FOR = 0.25
 
 
 class _Peer:
@@ -51,6 +54,14 @@ class _Peer:
         self.idle = 0
         self.sent = self.expected = 0
         self.partial = bytearray()
+
+
+@dataclass(slots=True)
+class _Asked:
+    """Who has not said yet that a call is not with them, and since when we ask."""
+
+    servers: set[str]
+    since: float
 
 
 def _never() -> bool:
@@ -79,7 +90,7 @@ class NatsExchange:
         self._peers: dict[str, _Peer] = {}
         self._keys: dict[str, str] = {}  # of peers, to addresses
         self._known: dict[str, None] = {}  # a client's servers
-        self._asking: dict[int, set[str]] = {}
+        self._asking: dict[int, _Asked] = {}
         self._group: list[Any] = []
         self._leaving: asyncio.Task[None] | None = None
         self._settled = False
@@ -246,7 +257,13 @@ class NatsExchange:
 
     def _asked(self, message: Any) -> None:
         """Who is there?"""
-        if self._ours(message.reply):
+        payload: bytes = message.data
+        if not self._ours(message.reply) or len(payload) != _HEAD.size + _ID.size:
+            return
+        (id,) = _ID.unpack_from(payload, _HEAD.size)
+        if id:  # in its place among the calls
+            self._put(Came("who", message.reply.rpartition(".")[0], id))
+        else:
             self._write(message.reply, f"{self.address}.n", HERE, _FIRST)
 
     def _announced(self, message: Any) -> None:
@@ -271,7 +288,7 @@ class NatsExchange:
         content = payload[_HEAD.size :]
         if kind == HERE:
             self._appeared(who)
-        elif not self._serving and who not in self._known:
+        elif not (self._serving or who in self._known or kind in (MINE, NOT_MINE)):
             return  # a server that we have given up, or no server at all
         elif kind == BYE:
             self._reset(who, tell=False)
@@ -305,25 +322,27 @@ class NatsExchange:
         self._put(Came("frame", who, body=content))
 
     def _verdict(self, who: str, kind: int, id: int) -> None:
-        if kind == WHO:
-            self._put(Came("who", who, id))
-        elif kind == MINE:
+        if self._serving:
+            return
+        if kind in (MINE, NOT_MINE):
+            self._appeared(who)
+        if kind == MINE:
             self._asking.pop(id, None)
             self._put(Came("mine", who, id))
-        elif kind == NOT_MINE:
-            self._denied(id, who)
+        elif kind == NOT_MINE and id in self._asking:
+            self._asking[id].servers.discard(who)
 
-    def _denied(self, id: int, who: str) -> None:
-        asked = self._asking.get(id)
-        if asked is not None:
-            asked.discard(who)
-            if not asked:
-                del self._asking[id]  # none of them has it
+    def _conclude(self) -> None:
+        """Loop: nobody has the calls that all servers have denied; one that came lately has had the time to say so."""
+        now = time.monotonic()
+        for id, asked in tuple(self._asking.items()):
+            if now - asked.since >= _DENIED_FOR and not asked.servers & self._known.keys():
+                del self._asking[id]
                 self._put(Came("nobody", "", id))
 
     def _refused(self, tag: str) -> None:
         """The server says that nobody subscribes."""
-        if tag == "w":
+        if tag == "w":  # not one server is there
             self._found.set()
         elif tag[:1] == "c":
             self._put(Came("nobody", "", int(tag[1:], 16), b"not taken"))
@@ -335,9 +354,6 @@ class NatsExchange:
             known = who in self._known
             self._known[who] = None
             self._found.set()
-            for id, asked in self._asking.items():
-                asked.add(who)
-                self._tell(who, WHO, _ID.pack(id))
             if not known:
                 self._put(Came("here", who))
 
@@ -359,8 +375,6 @@ class NatsExchange:
     def _lose(self, who: str, how: Any) -> None:
         self._known.pop(who, None)
         self._forget(who)
-        for id in tuple(self._asking):
-            self._denied(id, who)
         self._put(Came(how, who))
 
     def try_fetch(self) -> Came | None:
@@ -390,15 +404,9 @@ class NatsExchange:
 
     def _inquire(self, id: int) -> None:
         """Loop."""
-        if id in self._asking:
-            return
-        if not self._known:
-            self._put(Came("nobody", "", id))
-            return
-        self._asking[id] = set(self._known)
-        for who in self._known:
-            self._peer(who)
-            self._tell(who, WHO, _ID.pack(id))
+        if id not in self._asking:
+            self._asking[id] = _Asked(set(self._known), time.monotonic())
+            self._write(f"{self._base}all", f"{self.address}.s", WHO, _FIRST, _ID.pack(id))
 
     def answer(self, to: str, id: int, mine: bool) -> None:
         self._do(lambda: self._tell(to, MINE if mine else NOT_MINE, _ID.pack(id)))
@@ -422,6 +430,7 @@ class NatsExchange:
 
     def tick(self) -> None:
         """Loop, twice a second."""
+        self._conclude()
         for who, peer in tuple(self._peers.items()):
             peer.idle += 1
             if peer.busy() or peer.idle >= _IDLE:
@@ -440,7 +449,7 @@ class NatsExchange:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def finish(self, who: str, id: int) -> None:
-        """Nothing is kept of it."""
+        self._asking.pop(id, None)
 
     def pass_on(self, who: str, id: int, frame: bytes) -> None:
         self._do(lambda: self._write(f"{self._base}call", f"{who}.c{id:x}", FRAME, _FIRST, frame))
@@ -500,6 +509,8 @@ def open_exchange(url: Url, name: str, options: NatsOptions, *, serving: bool) -
             yield Wait((), pause)
             pause = min(pause * 2, _RETRY[1])
     except errors.Timeout as timeout:
+        if isinstance(timeout.__cause__, errors.Timeout):  # NATS was there
+            raise errors.NothingListening(timeout.message, url=url, operation=operation) from timeout
         message = "no NATS server answers" if reason is None else reason.message
         raise errors.NothingListening(message, url=url, operation=operation) from reason or timeout
 
@@ -514,7 +525,7 @@ def _begin(exchange: NatsExchange) -> Steps[None]:
             pause = min(pause * 2, _RETRY[1])
     except errors.Timeout as timeout:
         exchange.close()
-        raise errors.NothingListening("nobody serves at this name", url=exchange.url, operation="client") from timeout
+        raise errors.Timeout("nobody serves at this name", url=exchange.url) from timeout
     except errors.IpcError:
         exchange.close()
         raise

@@ -36,6 +36,8 @@ _ASK_EVERY = 0.5  # seconds between two looks at those who matter now
 _ASK_AGAIN = 0.1  # seconds until the next question who has taken a call, when nobody had
 _LOOK_EVERY = 10.0  # and at all others
 _RETRY = (0.005, 0.1)
+_REPAIR_EVERY = 0.02
+_LOST = (errors.PeerError, errors.NothingListening)
 _TAKE = 16  # calls that one server takes at a time
 
 #: Who has taken a call: its consumer; "" when it is not in the stream any more; nothing while nobody has.
@@ -72,19 +74,16 @@ class RedisExchange:
 
     def __init__(self, address: Address, wires: list[Wire], limit: int, ttl: float, *, serving: bool) -> None:
         self.url: Url = address.url
+        self._place = address
         self._prefix = f"ipckit:{{{address.name}}}:rpc:"
-        self._reader, self._writer, *rest = wires
-        self._taker: Wire | None = rest[0] if rest else None
-        self.address = f"{self._prefix}box:{uuid.uuid4().hex}-{self._reader.number}"
-        self.native = Native(self.address, address)
         self._serving = serving
+        self._repair: Steps[None] | None = None
+        self._adopt(wires)
+        self.native = Native(self.address, address)
         self._limit, self._ttl = limit, ttl
         self._mutex = threading.RLock()
         self._came: deque[Came] = deque()
         self._news = Bell()
-        self._last: bytes | str = "0-1"
-        self._untrimmed = [0, 0]
-        self._reading = self._taking = False
         self._withdrawn = not serving
         self._peers: dict[str, Callable[[], bool]] = {}
         self._known: dict[str, None] = {}
@@ -96,8 +95,17 @@ class RedisExchange:
         self._waiting: set[int] = set()  # calls that no server has taken yet, when we looked
         self._looking = 0  # answers that somebody is to be woken for
         self._look_at = self._look_at_all = self._prolong_at = self._ask_again_at = 0.0
-        self._error: errors.IpcError | None = None
         self._closed = False
+
+    def _adopt(self, wires: list[Wire]) -> None:
+        """These are our connections from now on, and what is read is a new box."""
+        self._reader, self._writer, *rest = wires
+        self._taker: Wire | None = rest[0] if rest else None
+        self.address = f"{self._prefix}box:{uuid.uuid4().hex}-{self._reader.number}"
+        self._last: bytes | str = "0-1"
+        self._untrimmed = [0, 0]
+        self._reading = self._taking = False
+        self._error: errors.IpcError | None = None
 
     def _key(self, name: str) -> str:
         return self._prefix + name
@@ -283,8 +291,49 @@ class RedisExchange:
         self._writer.tell(None, "XDEL", self._key("calls"), number)
         self._pump(self._writer)
 
+    def _recover(self) -> None:
+        """A server whose connections were lost makes new ones. What was under way is over."""
+        if self._repair is None:
+            self._came.extend(Came("reset", who) for who in self._peers)
+            self._peers.clear()
+            self._taken.clear()
+            self._looking = 0
+            self._close_wires()
+            self._repair = self._reopen()
+        try:
+            next(self._repair)
+        except StopIteration:
+            self._repair = None
+
+    def _reopen(self) -> Steps[None]:
+        pause = _RETRY[0]
+        while True:
+            wires: list[Wire] = []
+            try:
+                for _ in range(3):
+                    wires.append((yield from open_wire(self.url, self._place.connection)))
+                self._adopt(wires)
+                yield from self.begin()
+                return
+            except (errors.NothingListening, errors.PeerError) as error:
+                for wire in wires:
+                    wire.close()
+                self._error = error
+            yield Wait((), pause)
+            pause = min(pause * 2, _RETRY[1])
+
+    def _close_wires(self) -> None:
+        for wire in (self._writer, self._reader, self._taker):
+            if wire is not None:
+                with suppress(errors.PeerError):
+                    wire.close()
+
     def try_fetch(self) -> Came | None:
         with self._mutex:
+            if self._serving and not self._closed and (self._repair or isinstance(self._error, _LOST)):
+                self._recover()
+                if self._repair is not None:
+                    return self._came.popleft() if self._came else None
             if not self._came:
                 self._ask()
                 for wire in (self._reader, self._taker, self._writer):
@@ -292,7 +341,8 @@ class RedisExchange:
                         self._pump(wire)
                 self._tend()
                 if not self._came:
-                    self._check()
+                    if not (self._serving and isinstance(self._error, _LOST)):
+                        self._check()
                     return None
             return self._came.popleft()
 
@@ -303,6 +353,8 @@ class RedisExchange:
 
     def arm(self, want: Want) -> Wait:
         with self._mutex:
+            if self._repair is not None or (self._serving and isinstance(self._error, _LOST)):
+                return Wait((), _REPAIR_EVERY)  # no descriptors, whose numbers come and go
             if (self._came and want & Want.RECV) or self._error is not None:
                 return Wait((), 0)
             waits = []
@@ -479,10 +531,9 @@ class RedisExchange:
                 self._bury(self.address)
             self._writer.tell(None, "SREM", self._key("clients"), self.address)
             self._writer.tell(None, "DEL", self.address)
-            for wire in (self._writer, self._reader, self._taker):
-                if wire is not None:
-                    with suppress(errors.PeerError):
-                        wire.close()
+            if self._repair is not None:
+                self._repair.close()
+            self._close_wires()
             self._news.close()
 
     def abandon(self) -> None:
@@ -516,6 +567,8 @@ def open_exchange(address: Address, limit: int, ttl: float, *, serving: bool) ->
             yield Wait((), pause)
             pause = min(pause * 2, _RETRY[1])
     except errors.Timeout as timeout:
+        if isinstance(timeout.__cause__, errors.Timeout):  # Redis was there
+            raise errors.NothingListening(timeout.message, url=address.url, operation=operation) from timeout
         message = "no Redis server answers" if reason is None else reason.message
         raise errors.NothingListening(message, url=address.url, operation=operation) from reason or timeout
 
@@ -534,9 +587,7 @@ def _open(address: Address, limit: int, ttl: float, *, serving: bool) -> Steps[R
                 yield Wait((), pause)
                 pause = min(pause * 2, _RETRY[1])
         except errors.Timeout as timeout:
-            raise errors.NothingListening(
-                "nobody serves at this name", url=address.url, operation="client"
-            ) from timeout
+            raise errors.Timeout("nobody serves at this name", url=address.url) from timeout
         return exchange
     except BaseException:
         if exchange is not None:
