@@ -477,7 +477,7 @@ class Exchange(Protocol):
     def native(self) -> Any: ...
 
     def try_call(self, id: int, frame: bytes) -> str | None:
-        """To one of the servers. Returns its address where we have chosen it, "" where the broker does, None when it must wait."""
+        """To one of the servers. Its address where we have chosen it, "" where the broker does; None: it must wait."""
 
     def try_post(self, to: str, frame: bytes) -> bool:
         """To this address. False: it must wait."""
