@@ -169,7 +169,10 @@ def test_a_killed_server_takes_its_own_calls_only(url: str) -> None:
                     except errors.IpcError as error:
                         seen.append(type(error).__name__)
 
-                threads = [threading.Thread(target=call, args=(name,)) for name in ("hold", "hold", "hold_again", "hold_again") * 4]
+                threads = [
+                    threading.Thread(target=call, args=(name,))
+                    for name in ("hold", "hold", "hold_again", "hold_again") * 4
+                ]
                 for thread in threads:
                     thread.start()
                 eventually(lambda: ours.holding > 0 and shop.add(1) == 2)

@@ -12,11 +12,12 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from .. import __version__, errors
+from .. import errors
 from .._spi import Came, Exchange, Peer, Wait, Want
 from ..transports._bell import Bell
 from . import events
@@ -106,7 +107,7 @@ class Micro:
             "type": f"io.nats.micro.v1.{verb.lower()}_response",
             "name": self._exchange.service,
             "id": self._exchange.key,
-            "version": __version__,
+            "version": version("ipckit"),
             "metadata": self._engine.services.fingerprints(),
         }
         if verb == "INFO":

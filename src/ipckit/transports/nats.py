@@ -1,4 +1,4 @@
-"""`nats://host:port/name`, `nats+tls://...`: channels, queues and topics through a NATS server or cluster (nats-py).
+"""`nats://host:port/name`, `nats+tls://...`: channels, queues, topics and calls through a NATS server or cluster (nats-py).
 
 A channel is two subjects, one in each direction; the listener's name is a third. All of it is core NATS: two parties
 that are both there have no use for a stored stream. `nats://a:4222,b:4222/name` names several servers of one cluster.
@@ -13,6 +13,8 @@ responders). So `listen` hears whether the name is taken, `connect` whether some
 second whether the peer lives; a paused peer keeps its subscription. A paused peer is dropped by the *server* when it
 answers no pings (six minutes by default), or takes no data for ten seconds while more than the sockets hold is
 waiting for it.
+
+Calls go to any number of servers of one name, which are a micro service to stock clients (`_nats_calls`).
 
 Queues and topics are JetStream's: `name` is a stream there, which outlives everybody (`_nats_queue`, `_nats_topics`).
 
