@@ -1,8 +1,8 @@
 """`redis://host:port/db/name`, `rediss://` (TLS), `redis+unix:///socket?db=0&name=NAME`: everything over Redis Streams.
 
 Works with Redis 6.2 and later, and Valkey, alone or watched by Sentinels. Queues are one stream and consumer groups (`_redis_log`
-adds, `_redis_queue` receives), topics one stream that everybody reads (`_redis_topics`), calls one stream that the servers share (`_redis_calls`). This module
-has the channels.
+adds, `_redis_queue` receives), topics one stream that everybody reads (`_redis_topics`), calls one stream that the servers share
+(`_redis_calls`). This module has the channels.
 
 Each side of a channel makes one stream and reads it, the other writes it:
 
