@@ -46,6 +46,8 @@ _ASK_AFTER = 0.5
 #: Of one client: so many calls that are over are remembered, and what came for so many that have not come.
 _PAST, _EARLY = 4096, 256
 _OF_A_CALL = frozenset({ITEM, END, CREDIT, CANCEL})
+#: How often the watcher looks in where a worker sorts, in seconds.
+_LOOK_IN = 0.005
 _KIND = 0x7F  # the rest of the byte is a flag
 _native = Native()
 
@@ -312,7 +314,11 @@ class Router:
 
 
 class Board:
-    """A Listener: what comes through the exchange, sorted by who it is from. `try_accept` is what brings it; by one thread."""
+    """A Listener: what comes through the exchange, sorted by who it is from. `try_accept` is what brings it.
+
+    With one client alone, the worker who waits for its next call *leads*: it sleeps on the exchange itself and sorts, and the
+    watcher looks in every few milliseconds. That saves a call two changes of threads. With more, the watcher sorts for all.
+    """
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -322,6 +328,9 @@ class Board:
         self._micro: Any = None
         self._engine: Any = None
         self._sorting = threading.Lock()
+        self._watcher: int | None = None  # the thread that accepts
+        self._leader: Session | None = None
+        self._bell = Bell()
         self.withdrawn = False
 
     @property
@@ -347,22 +356,44 @@ class Board:
             return not any(session.waiting for session in tuple(self._sessions.values()))
 
     def try_accept(self) -> Link | None:
+        self._watcher = threading.get_ident()
         while not self._ready:
-            with self._sorting:
-                came = self.exchange.try_fetch()
-                if came is not None:
-                    self._take(came)
-            if came is None:
+            if not self._sort():
                 if self._engine is not None and self.settled:
                     engine, self._engine = self._engine, None
                     engine.settled()
                 return None
         return self._ready.popleft()
 
+    def _sort(self) -> bool:
+        """What has come, to whom it concerns. False: nothing has."""
+        with self._sorting:
+            came = self.exchange.try_fetch()
+            if came is not None:
+                self._take(came)
+        return came is not None
+
+    def lead(self, session: Session) -> bool:
+        """By who waits for it. True: sort for yourself; you are alone."""
+        alone = threading.get_ident() != self._watcher and len(self._sessions) == 1 and not self.withdrawn
+        if alone:
+            self._leader = session
+        elif self._leader is session:
+            self._leader = None
+            self._bell.ring()
+        return alone
+
+    def sort_for(self, session: Session) -> None:
+        if self._leader is session:
+            while not session.waiting and self._sort():
+                pass
+
     def _take(self, came: Came) -> None:
         session = self._sessions.get(came.who)
         if came.what == "frame":
             if session is None:
+                self._leader = None
+                self._bell.ring()
                 session = self._sessions[came.who] = Session(self, came.who)
                 self.exchange.watch(came.who, session.busy)
                 self._ready.append(session)
@@ -378,6 +409,9 @@ class Board:
             session.end(kind("the client is gone", url=self.url))
 
     def forget(self, session: Session) -> None:
+        if self._leader is session:
+            self._leader = None
+            self._bell.ring()
         if self._sessions.get(session.who) is session:
             del self._sessions[session.who]
             self.exchange.drop(session.who)
@@ -386,10 +420,16 @@ class Board:
         """Take no more calls."""
         if not self.withdrawn:
             self.withdrawn = True
+            self._leader = None
+            self._bell.ring()
             self.exchange.withdraw()
 
     def arm(self, want: Want) -> Wait:
-        return self.exchange.arm(Want.RECV)
+        bell = self._bell.announce()
+        if self._leader is not None:
+            return Wait((bell,), _LOOK_IN)
+        wait = self.exchange.arm(Want.RECV)
+        return wait._replace(fds=(*wait.fds, bell))
 
     def close(self) -> None:
         self.withdraw()
@@ -479,6 +519,8 @@ class Session:
         return self._exchange.try_flush()
 
     def try_recv(self) -> bytes | None:
+        if not self._inbox:
+            self._board.sort_for(self)
         while self._inbox:
             frame = self._inbox[0]
             kind, id = _kind_and_id(frame) if self._board.withdrawn and len(frame) >= HEAD.size else (0, 0)
@@ -501,6 +543,9 @@ class Session:
             return Wait((), 0)
         bell = self._bell.announce()
         if not want & Want.SEND:
+            if self._board.lead(self):
+                wait = self._exchange.arm(Want.RECV)
+                return wait._replace(fds=(*wait.fds, bell))
             return Wait((bell,))
         return Wait((bell,), self._exchange.arm(Want.SEND).at_most)
 
