@@ -94,6 +94,7 @@ class NatsExchange:
         self._group: list[Any] = []
         self._leaving: asyncio.Task[None] | None = None
         self._settled = False
+        self._emptied = False
         self._found = asyncio.Event()
         self._cut = connection.cut
         self._closed = False
@@ -380,11 +381,16 @@ class NatsExchange:
     def try_fetch(self) -> Came | None:
         # Who finds something silences nothing: a server's watcher looks here more often than it announces that it sleeps.
         if not self._came:
-            self._home.turn()
+            # Who has just taken the last is not answered by another turn of the loop: he tries again once he is armed.
+            emptied, self._emptied = self._emptied, False
+            if not emptied:
+                self._home.turn()
             if not self._came:
                 self._check("recv")
                 return None
-        return self._came.popleft()
+        came = self._came.popleft()
+        self._emptied = not self._came
+        return came
 
     @property
     def settled(self) -> bool:
