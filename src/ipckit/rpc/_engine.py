@@ -23,13 +23,13 @@ from .._spi import Abandoning, Link, Listener, Steps, Wait, Want
 from .._url import Url
 from . import events
 from ._attend import TICK, Attendance
+from ._board import Attached
 from ._connection import BROKEN
 from ._crew import Crew
 from ._exposed import Exposed, Services
 from ._foreign import unfit
 from ._limits import COUNTS, ServerOptions, ShutdownReport, statistics
 from ._reception import Complaints, Reception, farewell
-from ._routing import Attached
 from ._serving import Job
 from ._session import PAUSE, ServerConnection
 from .context import CallContext

@@ -15,7 +15,8 @@ from .._endpoint import Opening
 from .._spi import Abandoning, Calls, Link, Listener, Steps, Wait, Want
 from .._url import Url, parse
 from ..channel import AsyncChannel, Channel
-from ._routing import Board, Router
+from ._board import Board
+from ._routing import Router
 
 
 class Place(Opening):
