@@ -7,7 +7,7 @@ How the parts fit, from the ground up:
 | `contract.py` | services to contracts: methods, shapes and codecs from annotations; descriptions and fingerprints |
 | `compat.py` | which changes of a contract break its callers |
 | `protobuf.py` `_protofile.py` `_protovalues.py` | a contract as protocol buffers: descriptors, text, messages |
-| `_routing.py` `_board.py` `_micro.py` | calls through a broker to many servers: the client's side, a server's, stock NATS clients |
+| `_routing.py` `_board.py` `_micro.py` | calls through a broker: the client, the servers, stock NATS clients |
 | `events.py` | what the two sides say to each other, apart from how it is written |
 | `dialects.py` | frames to events and back: `Dialect`, and ours, `Native` |
 | `envelope.py` `_seed.py` `_versioned.py` | the dialects of programs that are not ipckit's; how they are told apart |
