@@ -40,6 +40,11 @@ setup(
                     "floor.c",
                     "floor_kernel.c",
                     "floor_shared.c",
+                    "py_sync.c",
+                    "py_crowd.c",
+                    "py_attempt.c",
+                    "lock.c",
+                    "crowd.c",
                 )
             ],
             depends=[
@@ -56,6 +61,11 @@ setup(
                     "py_stream.h",
                     "floor.h",
                     "floor_party.h",
+                    "sync_layout.h",
+                    "lock.h",
+                    "crowd.h",
+                    "steps.h",
+                    "py_sync.h",
                 )
             ],
             define_macros=[("_GNU_SOURCE", "1"), ("Py_LIMITED_API", "0x030B0000")],

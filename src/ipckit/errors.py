@@ -12,6 +12,7 @@ Foreign exceptions (`OSError`, a broker client's) cross into this tree at one pl
 from __future__ import annotations
 
 from collections.abc import Iterable
+from threading import BrokenBarrierError
 
 
 class IpcError(Exception):
@@ -256,6 +257,38 @@ class ShuttingDown(RpcError):
 
 class SyncError(IpcError):
     """A cross-process synchronisation primitive cannot go on."""
+
+
+class OwnerDied(SyncError):
+    """The lock is abandoned: its owner died, and what it guards may be half done. The lock is *not* held.
+
+    Attributes:
+        pid: the process that died, where it is known, else None.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        url: object = None,
+        operation: str | None = None,
+        hint: str | None = None,
+        pid: int | None = None,
+    ) -> None:
+        super().__init__(message, url=url, operation=operation, hint=hint)
+        self.pid = pid
+
+
+class NotOwner(SyncError, RuntimeError):
+    """Released by one who does not hold it: another thread or process, or nobody does."""
+
+
+class Deadlock(SyncError):
+    """Waiting would never end: the caller waits for itself, perhaps around a corner."""
+
+
+class BrokenBarrier(SyncError, BrokenBarrierError):
+    """A party died, gave up or aborted: nobody can pass until somebody calls `reset()`."""
 
 
 # -- fork -------------------------------------------------------------------------------------------------------

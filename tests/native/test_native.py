@@ -17,7 +17,7 @@ NATIVE = HERE.parents[1] / "src" / "ipckit" / "_native"
 COMPILER = shutil.which("gcc") or shutil.which("clang")
 SANITIZERS = ["address,undefined", "thread"]
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers"]
-FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-pthread"]
+FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-pthread", "-DIPCKIT_STEPS"]  # steps.h
 ENVIRONMENT = os.environ | {"ASAN_OPTIONS": "detect_leaks=1:abort_on_error=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 

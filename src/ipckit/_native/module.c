@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include "floor.h"
+#include "py_sync.h"
 
 unsigned fork_generation;
 
@@ -123,6 +124,8 @@ static int core_exec(PyObject *module)
             return -1;
     if (add_stream_type(module) < 0 || add_ring_type(module) < 0 || add_kernel_calls(module) < 0 ||
         add_broadcast_types(module) < 0)
+        return -1;
+    if (add_sync_types(module) < 0)
         return -1;
     return 0;
 }

@@ -30,6 +30,33 @@ def default_dir() -> Path:
     return _made(_default())
 
 
+def memory_dir() -> Path:
+    """Where files live that processes map: the runtime directory, if it was chosen or is in memory; else one in /dev/shm.
+
+    A mapped file on a disk works, but the kernel writes it back over and over. A directory that the user names is used as it is:
+    containers that share it must meet there. Raises as `runtime_dir`.
+    """
+    if os.environ.get("IPCKIT_RUNTIME_DIR"):
+        return runtime_dir()
+    path = runtime_dir()
+    if _in_memory(path):
+        return path
+    memory = Path("/dev/shm")
+    return _made(memory / f"ipckit-{os.geteuid()}") if memory.is_dir() and _in_memory(memory) else path
+
+
+def _in_memory(path: Path) -> bool:
+    """On a tmpfs, as /proc/self/mountinfo tells by device number."""
+    device = os.stat(path).st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[2] == name:
+                return fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
+    return False
+
+
 def _made(path: Path) -> Path:
     try:
         with contextlib.suppress(FileExistsError):

@@ -1,0 +1,49 @@
+/* py_sync.h — what the Python types over lock.c and crowd.c share: the mapping, the blocking driver, giving up.
+ *
+ * A `Mutex` is Lock and RLock; a `Crowd` everything else; an `Attempt` one way in for a task of an event loop, which must not sleep:
+ * it tries, and has a thread of the core sleep for it. */
+#ifndef IPCKIT_PY_SYNC_H
+#define IPCKIT_PY_SYNC_H
+
+#include "module.h"
+
+#include <structmember.h>
+
+#include "crowd.h"
+
+typedef struct {
+    PyObject_HEAD
+    struct sync_object *o;
+    size_t size;
+    int fd;         /* ours: held open for its flock, and to pass on */
+    PyObject *fail; /* (verdict, operation, pid of the last owner) -> exception */
+    bool take;      /* Mutex: what a dead owner held is simply taken */
+    bool recursive;
+    bool inherited; /* Mutex: the last acquire did so */
+} SyncObject;
+
+/* One try of something that may have to wait; `context` is the caller's. */
+typedef enum verdict (*trying)(SyncObject *self, void *context, struct attempt *attempt, struct naps *naps);
+
+/* Try and sleep until it is not WAIT, or the deadline passed (then WAIT). The GIL is released while asleep only. `stubborn`: go on after a
+ * signal; else its handler runs, and what it raises ends the wait: -1. */
+int drive(SyncObject *self, trying try, void *context, struct attempt *attempt, int64_t deadline, bool stubborn);
+
+/* `block` and `timeout` as multiprocessing has them: a negative timeout is 0. -1 with an exception set. */
+int64_t deadline_for(PyObject *block, PyObject *timeout);
+
+PyObject *sync_fail(SyncObject *self, int verdict, const char *operation);
+PyObject *sync_new(PyTypeObject *type, PyObject *args, PyObject *kwargs); /* (fd, kind, fail, take=False); takes the descriptor over */
+int sync_traverse(PyObject *object, visitproc visit, void *arg);
+int sync_clear(PyObject *object);
+void sync_dealloc(PyObject *object);
+extern PyMemberDef sync_members[];
+PyObject *sync_owner(struct robust_word *word); /* (pid, since in s, tid), or None */
+
+/* Attempts, in py_attempt.c. */
+PyObject *attempt_new(SyncObject *sync, enum claim claim, int role); /* role 0: the mutex; -1: the event */
+int add_crowd_type(PyObject *module);
+int add_attempt_type(PyObject *module);
+int add_sync_types(PyObject *module);
+
+#endif
