@@ -5,6 +5,9 @@ async with await ipckit.aio.connect("shm://frames") as channel:
     print(await channel.recv(timeout=1))
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._registry import capabilities
 from .channel import AsyncChannel as Channel
 from .channel import AsyncListener as Listener
@@ -26,13 +29,24 @@ from .rpc._aserver import AsyncServer as Server
 from .rpc._aserver import aserve as serve
 from .rpc.contract import Service, rpc
 
+if TYPE_CHECKING:
+    from .sync.tasks import Barrier, BoundedSemaphore, Condition, Event, Lock, RLock, RWLock, Semaphore
+
 __all__ = [
+    "Barrier",
+    "BoundedSemaphore",
     "Channel",
     "Client",
+    "Condition",
+    "Event",
     "Listener",
+    "Lock",
     "Message",
     "Publisher",
+    "RLock",
+    "RWLock",
     "Receiver",
+    "Semaphore",
     "Sender",
     "Server",
     "Service",
@@ -49,3 +63,13 @@ __all__ = [
     "serve",
     "subscriber",
 ]
+
+_LOCKS = {"Barrier", "BoundedSemaphore", "Condition", "Event", "Lock", "RLock", "RWLock", "Semaphore"}
+
+
+def __getattr__(name: str) -> Any:
+    """The locks are imported when they are first asked for."""
+    if name not in _LOCKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(".sync.tasks", __package__), name)
+    return value

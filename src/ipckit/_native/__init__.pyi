@@ -195,7 +195,7 @@ def watch_directory(path: Path) -> int:
     """A descriptor (inotify) that tells which files of the directory were closed after writing, or got their name there."""
 
 class _Sync:
-    """Memory that processes share, mapped; the descriptor is its own from then on. Raises ValueError for what is no such object."""
+    """Memory that processes share, mapped; the descriptor is its own from then on. ValueError: this is no such object."""
 
     def __new__(
         cls, fd: int, kind: int, fail: Callable[[int, str, int], BaseException], take: bool = False

@@ -9,6 +9,7 @@ somebody repairs what it guards (`with lock.recover():`). `ipckit.aio` has the s
     ipckit._native   the robust mutex (lock.h) and all that is built over slots (crowd.h)
     _home.py         where they live: a file in memory by name, or a memfd without; how they reach children
     _verdict.py      what the native core decides, as exceptions
+    tasks.py         the same for tasks of an event loop
 """
 
 from .barrier import Barrier

@@ -5,9 +5,8 @@
     Lock()                     a memfd: inherited by fork, passed to children as a descriptor; gone with the last process
 
 A file appears whole: it is written without a name (O_TMPFILE) and then linked, so whoever is killed over it leaves nothing,
-and of two makers one wins. Everybody who has it open holds a shared flock on it, which the kernel gives back: so `ipckit gc` knows
-what
-nobody uses.
+and of two makers one wins. Everybody who has it open holds a shared flock on it, which the kernel gives back: so
+`ipckit gc` knows what nobody uses.
 """
 
 from __future__ import annotations
