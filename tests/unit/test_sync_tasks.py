@@ -21,7 +21,7 @@ def run(coroutine):
 
 
 async def until(true):
-    while not true():  # noqa: ASYNC110: what happens elsewhere sets no event
+    while not true():  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 
