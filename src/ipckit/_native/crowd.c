@@ -35,6 +35,7 @@ void sync_format(struct sync_object *o, uint32_t kind, uint32_t value, uint32_t 
     o->header.kind = kind;
     o->header.size = sync_bytes(kind);
     o->header.slots = o->header.size == SYNC_LARGE ? SYNC_SLOTS : 0;
+    STORE(o->mutex.watched, kind == SYNC_CONDITION);
     STORE(o->crowd.value, value);
     STORE(o->crowd.limit, limit);
     STORE(o->crowd.event, NOBODY);
@@ -297,23 +298,36 @@ static void watch(struct naps *naps, struct slot *s)
     uint32_t word = atomic_fetch_or_explicit(&s->own.word, WAITERS, memory_order_acquire) | WAITERS; /* SYNC POINT: life */
     if (!(word & OWNER_MASK))
         word = NOBODY; /* died or left this moment: do not sleep */
-    naps->at[naps->count++] = (struct nap){&s->own.word, word, true};
+    naps->at[naps->count++] = (struct nap){&s->own.word, word, LIFE};
 }
 
-static void where_to_sleep(struct sync_object *o, struct slot *mine, struct naps *naps)
+/* Of its mutex: a listener hears of the death of whoever holds it. */
+static void watch_witness(struct naps *naps, struct mutex *lock)
 {
+    _Atomic uint32_t *word = &witness_of(lock)->word;
+    uint32_t seen = atomic_load_explicit(word, memory_order_acquire);
+    if (mutex_abandoned(lock))
+        seen = NOBODY; /* this moment: do not sleep */
+    naps->at[naps->count++] = (struct nap){word, seen, WITNESS};
+}
+
+static void where_to_sleep(struct sync_object *o, struct attempt *attempt, struct naps *naps)
+{
+    struct slot *mine = &o->slots[attempt->slot - 1];
     naps->bits = 0;
     naps->at_most = 0;
     naps->forward = NULL;
     naps->count = 1;
-    naps->at[0] = (struct nap){&mine->own.more, NOBODY, false};
+    naps->at[0] = (struct nap){&mine->own.more, NOBODY, QUIET};
+    if (attempt->lock)
+        watch_witness(naps, attempt->lock);
     struct slot *first = eldest(o);
     if (first && first != mine) {
         watch(naps, first);
         naps->forward = &first->own.word;
         return;
     }
-    naps->at[naps->count++] = (struct nap){&o->crowd.bell, LOAD(o->crowd.bell), false};
+    naps->at[naps->count++] = (struct nap){&o->crowd.bell, LOAD(o->crowd.bell), QUIET};
     for (uint32_t i = 0; i < high(o); i++) {
         struct slot *s = &o->slots[i];
         if (s == mine || life(s) == 0)
@@ -323,6 +337,19 @@ static void where_to_sleep(struct sync_object *o, struct slot *mine, struct naps
             return;
         }
         watch(naps, s);
+    }
+}
+
+/* We waited, and are in. Whoever waited behind us watches only us, and a semaphore can have others inside whose death would make
+ * room: so the next one is told that it is the eldest now. Killed before that, we are what it watches. */
+static void succeed(struct sync_object *o, struct self *me)
+{
+    struct slot *next = o->header.kind == SYNC_LEASED ? eldest(o) : NULL;
+    if (next) {
+        pending(me, &next->own.more);
+        futex_wake(&next->own.more, 1);
+        STEP(57);
+        pending(me, NULL);
     }
 }
 
@@ -398,7 +425,7 @@ static enum verdict arrive(struct sync_object *o, struct self *me, enum role rol
             STORE(o->crowd.running, (uint32_t)attempt->slot);
         return role == ROLE_RECOVER && (LOAD(o->crowd.flags) & CROWD_ABANDONED) ? INHERITED : DONE;
     }
-    where_to_sleep(o, &o->slots[attempt->slot - 1], naps);
+    where_to_sleep(o, attempt, naps);
     return WAIT;
 }
 
@@ -410,15 +437,22 @@ enum verdict crowd_enter(struct sync_object *o, enum role role, struct attempt *
     enum verdict verdict = monitor_enter(o, attempt, naps);
     if (verdict != DONE)
         return verdict;
+    if (attempt->once)
+        naps = NULL;
     if (attempt->slot == 0) {
         verdict = closed_to(o, role);
         return monitor_leave(o, verdict == DONE ? arrive(o, me, role, attempt, naps) : verdict);
     }
     struct slot *mine = &o->slots[attempt->slot - 1];
     sweep(o, me);
+    if (waits(mine) && attempt->lock && mutex_abandoned(attempt->lock)) {
+        word_disown(me, &mine->own);
+        attempt->slot = 0;
+        return monitor_leave(o, DIED);
+    }
     if (waits(mine)) {
         if (naps)
-            where_to_sleep(o, mine, naps);
+            where_to_sleep(o, attempt, naps);
         return monitor_leave(o, WAIT);
     }
     bool open = inside(mine);
@@ -431,7 +465,8 @@ enum verdict crowd_enter(struct sync_object *o, enum role role, struct attempt *
         word_disown(me, &mine->own);
         attempt->slot = 0;
         settle(o, me);
-    }
+    } else
+        succeed(o, me);
     return monitor_leave(o, verdict);
 }
 
@@ -455,7 +490,8 @@ enum verdict crowd_give_up(struct sync_object *o, enum role role, struct attempt
         word_disown(me, &mine->own);
         attempt->slot = 0;
         settle(o, me);
-    }
+    } else
+        succeed(o, me);
     return monitor_leave(o, open ? DONE : OUT);
 }
 
@@ -497,9 +533,14 @@ enum verdict semaphore_post(struct sync_object *o, uint32_t count, struct attemp
     uint32_t value = LOAD(o->crowd.value), most = o->header.kind == SYNC_BOUNDED ? LOAD(o->crowd.limit) : (uint32_t)INT32_MAX;
     if (value > most || count > most - value)
         return monitor_leave(o, OVER);
-    STORE(o->crowd.value, value + count);
-    STEP(54);
-    settle(o, me);
+    struct slot *next;
+    sweep(o, me);
+    /* From hand to hand: were we killed between a store of the value and opening a gate, nobody would know of the unit. */
+    for (; count > 0 && (next = eldest(o)); count--) {
+        let_in(me, next);
+        STEP(54);
+    }
+    STORE(o->crowd.value, LOAD(o->crowd.value) + count);
     return monitor_leave(o, DONE);
 }
 
@@ -546,13 +587,13 @@ enum verdict barrier_break(struct sync_object *o, bool again, struct attempt *at
     enum verdict verdict = monitor_enter(o, attempt, naps);
     if (verdict != DONE)
         return verdict;
-    if (again)
-        refuse_waiters(o, me);
-    if (again)
-        atomic_fetch_and_explicit(&o->crowd.flags, ~(uint32_t)CROWD_BROKEN, memory_order_relaxed);
-    else
+    if (!again)
         atomic_fetch_or_explicit(&o->crowd.flags, CROWD_BROKEN, memory_order_relaxed);
-    sweep(o, me);
+    sweep(o, me); /* before it is made whole: the dead of the last generation break nothing any more */
+    if (again) {
+        refuse_waiters(o, me);
+        atomic_fetch_and_explicit(&o->crowd.flags, ~(uint32_t)CROWD_BROKEN, memory_order_relaxed);
+    }
     uint32_t running = LOAD(o->crowd.running);
     if (attempt->slot > 0 && running == (uint32_t)attempt->slot) { /* the action failed: we are out as well */
         STORE(o->crowd.running, 0);
@@ -605,7 +646,7 @@ enum verdict event_try(struct sync_object *o, struct attempt *attempt, struct na
     }
     if (naps) {
         naps->count = 1;
-        naps->at[0] = (struct nap){&o->crowd.event, word, false};
+        naps->at[0] = (struct nap){&o->crowd.event, word, QUIET};
         naps->bits = 0;
         naps->at_most = 0;
         naps->forward = &o->crowd.event;

@@ -17,11 +17,12 @@
 #include "steps.h"
 
 #define COURTESY_NS INT64_C(10000000)
-/* No protocol here needs it: a wake-up that is lost for a reason that we did not think of costs a second, not a hang. */
-#define SLEEP_NS INT64_C(1000000000)
-
+/* A wake-up that is lost for a reason that we did not think of costs a second, not a hang. The tests do without. */
 #ifdef IPCKIT_STEPS
+#define SLEEP_NS INT64_C(1000000000000)
 void (*step_hook)(int number);
+#else
+#define SLEEP_NS INT64_C(1000000000)
 #endif
 
 _Thread_local struct self self_;
@@ -200,7 +201,8 @@ int nap(struct self *me, struct naps *naps, int64_t deadline, _Atomic uint32_t *
     STEP(41);
     for (unsigned i = 0; i < naps->count; i++) {
         struct nap *one = &naps->at[i];
-        if (one->life && atomic_load_explicit(one->word, memory_order_acquire) != one->seen) /* SYNC POINT: life */
+        uint32_t word = one->watch ? atomic_load_explicit(one->word, memory_order_acquire) : one->seen; /* SYNC POINT: life */
+        if (word != one->seen && (one->watch == LIFE || (word & OWNER_DIED)))
             futex_wake(one->word, INT32_MAX);
     }
     STEP(42);
@@ -221,6 +223,42 @@ bool mutex_mine(struct mutex *m)
 {
     struct self *me = self_here();
     return me && (atomic_load_explicit(&m->own.word, memory_order_relaxed) & OWNER_MASK) == me->tid;
+}
+
+bool mutex_abandoned(struct mutex *m)
+{
+    return atomic_load_explicit(&m->own.word, memory_order_acquire) & OWNER_DIED;
+}
+
+void mutex_watch(struct mutex *m)
+{
+    atomic_store_explicit(&m->watched, 1, memory_order_relaxed);
+}
+
+/* We own the mutex, and so nobody else comes near its witness but to sleep. */
+void witness_take(struct self *me, struct mutex *m)
+{
+    struct robust_word *witness = witness_of(m);
+    pending(me, witness);
+    atomic_store_explicit(&witness->word, me->tid | WAITERS, memory_order_relaxed);
+    STEP(16);
+    word_link(me, witness);
+    STEP(17);
+    pending(me, NULL);
+}
+
+static void witness_drop(struct self *me, struct mutex *m, bool abandon)
+{
+    struct robust_word *witness = witness_of(m);
+    if ((atomic_load_explicit(&witness->word, memory_order_relaxed) & OWNER_MASK) != me->tid)
+        return; /* we took the mutex before it was watched */
+    pending(me, witness);
+    atomic_store_explicit(&witness->word, abandon ? WAITERS | OWNER_DIED : WAITERS, memory_order_release);
+    STEP(18);
+    word_unlink(me, witness);
+    STEP(19);
+    if (abandon)
+        futex_wake(&witness->word, INT32_MAX);
 }
 
 /* Others have waited longer: may we take the free word? */
@@ -245,6 +283,8 @@ static enum verdict taken(struct mutex *m, struct self *me, struct attempt *atte
     STEP(1);
     word_link(me, &m->own);
     STEP(2);
+    if (atomic_load_explicit(&m->watched, memory_order_relaxed))
+        witness_take(me, m);
     uint32_t mine = me->tid;
     if (attempt->slept)
         atomic_compare_exchange_strong_explicit(&m->own.more, &mine, 0, memory_order_relaxed, memory_order_relaxed);
@@ -263,7 +303,7 @@ static enum verdict busy(struct mutex *m, struct self *me, struct attempt *attem
     STEP(5);
     if (naps) {
         naps->count = 1;
-        naps->at[0] = (struct nap){&m->own.word, word, false};
+        naps->at[0] = (struct nap){&m->own.word, word, QUIET};
         naps->bits = UINT32_C(1) << me->tid % 31;
         naps->at_most = (word & OWNER_MASK) ? 0 : COURTESY_NS;
         naps->forward = &m->own.word;
@@ -356,6 +396,8 @@ enum verdict mutex_release(struct mutex *m, bool abandon)
         return NOT_MINE;
     uint32_t after = abandon ? OWNER_DIED : 0;
     STEP(10);
+    if (atomic_load_explicit(&m->watched, memory_order_relaxed))
+        witness_drop(me, m, abandon);
     pending(me, m);
     STEP(11);
     word_unlink(me, &m->own);

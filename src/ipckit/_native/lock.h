@@ -8,7 +8,12 @@
  * and wakes one who waits there; and where the pending word has no owner it wakes one as well, so that a wake-up which a
  * thread took with it to its death is passed on. Whoever it wakes tells the others.
  *
- * A word that says OWNER_DIED is abandoned: it stays so, and refuses everybody, until someone repairs (CLAIM_RECOVER). */
+ * A word that says OWNER_DIED is abandoned: it stays so, and refuses everybody, until someone repairs (CLAIM_RECOVER).
+ *
+ * The witness. Those who wait for a Condition do not want its mutex, but they want to hear of its owner's death. They cannot sleep on
+ * the mutex's word: every release would wake them. So its owner owns a second robust word, which says WAITERS all the time: taking it and
+ * letting go of it are plain stores that wake nobody, and the kernel, which finds it on the list of a dead owner, wakes one of them.
+ * Between the mutex and its witness a kill can come; then they hear of it when their sleep ends, a second later. */
 #ifndef IPCKIT_LOCK_H
 #define IPCKIT_LOCK_H
 
@@ -37,7 +42,7 @@ enum claim { CLAIM_PLAIN, CLAIM_TAKE, CLAIM_RECOVER };
 struct nap {
     _Atomic uint32_t *word;
     uint32_t seen; /* sleep only while it is this */
-    bool life;     /* others may watch the same word: whoever hears of its end tells them */
+    enum watch { QUIET, LIFE, WITNESS } watch; /* others may watch the same word: whoever hears of its end tells them */
 };
 
 #define MOST_NAPS 120 /* the kernel takes 128 */
@@ -54,11 +59,13 @@ struct attempt {
     enum claim claim;
     bool task;          /* one of several tasks of this thread: what the thread owns, another task may give back */
     bool slept;         /* between two tries */
+    bool once;          /* a crowd's: do not sit down to wait; WAIT is the answer, unless at_monitor */
     uint32_t gave_way;  /* to whom the word was reserved when we last stood back */
     int64_t since;      /* when we began to */
     int32_t slot;       /* in a crowd: index + 1 */
     bool at_monitor;    /* a crowd's: it slept for the monitor */
     uint32_t seen;      /* Event: how often it had been set; Barrier: how many were there before */
+    struct mutex *lock; /* of a listener: DIED when this is abandoned; NULL: it does not care */
 };
 
 /* What this thread is to the kernel. */
@@ -90,6 +97,14 @@ void mutex_give_up(struct mutex *m, struct attempt *attempt);
 /* Release; `abandon`: leave it abandoned. NOT_MINE unless this thread owns it. */
 enum verdict mutex_release(struct mutex *m, bool abandon);
 bool mutex_mine(struct mutex *m);
+bool mutex_abandoned(struct mutex *m);
+/* Somebody is about to wait for a Condition over it. */
+void mutex_watch(struct mutex *m);
+static inline struct robust_word *witness_of(struct mutex *m)
+{
+    return (struct robust_word *)((char *)m + offsetof(struct sync_object, witness) - offsetof(struct sync_object, mutex));
+}
+void witness_take(struct self *me, struct mutex *m);
 
 /* Robust words by themselves, for crowd.c: own one that is 0 and nobody else looks for (the monitor is held); let go of it. */
 void word_own(struct self *me, struct robust_word *word);
@@ -109,10 +124,10 @@ int64_t clock_ns(void);
 
 /* -- the fast path, inline ------------------------------------------------------------------------------------------ */
 
-/* Some places are kept for monitors, or one who holds too many locks could not leave a crowd. */
+/* Some places are kept for monitors and witnesses, or one who holds too many locks could not leave a crowd. */
 static inline bool self_full(const struct self *me)
 {
-    return me->count + 4 >= sizeof me->held / sizeof *me->held;
+    return me->count + 6 >= sizeof me->held / sizeof *me->held;
 }
 
 #define BARRIER() atomic_signal_fence(memory_order_seq_cst) /* the kernel looks at this thread's memory from this thread */
@@ -156,6 +171,8 @@ static inline bool mutex_try_free(struct mutex *m)
                                                        memory_order_relaxed);
     if (got) {
         word_link(me, &m->own);
+        if (__builtin_expect(atomic_load_explicit(&m->watched, memory_order_relaxed) != 0, 0))
+            witness_take(me, m);
         word_record(me, &m->own);
     }
     pending(me, NULL);

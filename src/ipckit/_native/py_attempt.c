@@ -121,6 +121,7 @@ static struct sleeper *sleeper_get(void)
 typedef struct {
     PyObject_HEAD
     SyncObject *sync;
+    PyObject *lock; /* whose mutex attempt.lock is */
     int role; /* 0: the mutex; -1: the event */
     struct attempt attempt;
     struct naps naps;
@@ -131,15 +132,20 @@ typedef struct {
 
 static PyObject *the_type; /* abi3 modules have no state that a function without a module could reach */
 
-PyObject *attempt_new(SyncObject *sync, enum claim claim, int role)
+PyObject *attempt_new(SyncObject *sync, enum claim claim, int role, PyObject *lock)
 {
+    bool wrong;
+    struct mutex *watched = mutex_to_watch(lock, &wrong);
+    if (wrong)
+        return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot((PyTypeObject *)the_type, Py_tp_alloc);
     Attempt *self = (Attempt *)allocate((PyTypeObject *)the_type, 0);
     if (!self)
         return NULL;
     self->sync = (SyncObject *)Py_NewRef((PyObject *)sync);
     self->role = role;
-    self->attempt = (struct attempt){.claim = claim, .task = true};
+    self->lock = Py_XNewRef(watched ? lock : NULL);
+    self->attempt = (struct attempt){.claim = claim, .task = true, .lock = watched};
     self->verdict = WAIT;
     self->forks = fork_generation;
     return (PyObject *)self;
@@ -157,7 +163,7 @@ static int try_once(Attempt *self, struct naps *naps)
 {
     struct sync_object *o = self->sync->o;
     if (self->role == 0) {
-        enum verdict verdict = mutex_try(&o->mutex, &self->attempt, naps);
+        enum verdict verdict = mutex_try(&o->mutex, &self->attempt, self->attempt.once ? NULL : naps);
         if (verdict == DONE || verdict == INHERITED)
             o->mutex.depth = 0;
         return verdict;
@@ -169,12 +175,8 @@ static int try_once(Attempt *self, struct naps *naps)
 
 PyDoc_STRVAR(poll_doc, "poll()\n--\n\nTry: the verdict if it is over (DONE or INHERITED), else None: arm, and poll again. Raises what fail() makes.");
 
-static PyObject *attempt_poll(PyObject *object, PyObject *unused)
+static PyObject *polled(Attempt *self)
 {
-    (void)unused;
-    Attempt *self = (Attempt *)object;
-    self->attempt.slept = self->sleeper != NULL;
-    self->verdict = try_once(self, &self->naps);
     nap_forget(self_here()); /* other tasks run on this thread now: the sleeper answers for the wake-up */
     dismiss(self);
     if (self->verdict == WAIT)
@@ -210,6 +212,15 @@ static PyObject *attempt_arm(PyObject *object, PyObject *fd)
     Py_RETURN_NONE;
 }
 
+static PyObject *attempt_poll(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    Attempt *self = (Attempt *)object;
+    self->attempt.slept = self->sleeper != NULL;
+    self->verdict = try_once(self, &self->naps);
+    return polled(self);
+}
+
 PyDoc_STRVAR(give_up_doc, "give_up()\n--\n\nTrue if it got in at the last moment; False: out; None: the monitor is taken, call again.");
 
 static PyObject *attempt_give_up(PyObject *object, PyObject *unused)
@@ -218,7 +229,7 @@ static PyObject *attempt_give_up(PyObject *object, PyObject *unused)
     Attempt *self = (Attempt *)object;
     struct sync_object *o = self->sync->o;
     int verdict = self->verdict;
-    self->attempt.slept = self->sleeper != NULL;
+    self->attempt.slept |= self->sleeper != NULL;
     if (verdict == WAIT && self->role == 0) {
         verdict = try_once(self, NULL);
         if (verdict == WAIT)
@@ -238,6 +249,32 @@ static PyObject *attempt_give_up(PyObject *object, PyObject *unused)
     return PyBool_FromLong(verdict == DONE || verdict == INHERITED);
 }
 
+PyDoc_STRVAR(now_doc, "now()\n--\n\nTry, and be done with it: the verdict, or None: not now; out.");
+
+static PyObject *attempt_now(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    Attempt *self = (Attempt *)object;
+    int64_t give_in = 0;
+    int error = 0;
+    self->attempt.once = true;
+    while ((self->verdict = try_once(self, &self->naps)) == WAIT && self->attempt.at_monitor && error != ETIMEDOUT) {
+        give_in = give_in ? give_in : clock_ns() + MONITOR_NS;
+        Py_BEGIN_ALLOW_THREADS /* some instructions of another process */
+        error = nap(self_here(), &self->naps, give_in, NULL);
+        Py_END_ALLOW_THREADS
+        self->attempt.slept = error == 0;
+    }
+    if (self->verdict != WAIT)
+        return polled(self);
+    PyObject *in = attempt_give_up(object, NULL);
+    bool got = in == Py_True;
+    Py_XDECREF(in);
+    if (got)
+        return PyLong_FromLong(DONE);
+    Py_RETURN_NONE;
+}
+
 static void attempt_dealloc(PyObject *object)
 {
     Attempt *self = (Attempt *)object;
@@ -245,6 +282,7 @@ static void attempt_dealloc(PyObject *object)
     if (self->sleeper)
         Py_XDECREF(attempt_give_up(object, NULL));
     Py_CLEAR(self->sync);
+    Py_CLEAR(self->lock);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(object);
     Py_DECREF(type);
@@ -264,6 +302,7 @@ static PyObject *attempt_before(PyObject *object, void *unused)
 
 static PyMethodDef methods[] = {
     {"poll", attempt_poll, METH_NOARGS, poll_doc},
+    {"now", attempt_now, METH_NOARGS, now_doc},
     {"arm", attempt_arm, METH_O, NULL},
     {"give_up", attempt_give_up, METH_NOARGS, give_up_doc},
     {NULL},

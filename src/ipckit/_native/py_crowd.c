@@ -23,6 +23,26 @@ static enum verdict try_leave(SyncObject *self, void *context, struct attempt *a
     return crowd_leave(self->o, l->role, l->slot, l->abandon, attempt, naps);
 }
 
+struct order {
+    enum { POST, NOTIFY, OPEN, BREAK, RESET } what;
+    uint32_t count;
+};
+
+static enum verdict try_order(SyncObject *self, void *context, struct attempt *attempt, struct naps *naps)
+{
+    struct order *order = context;
+    switch (order->what) {
+    case POST:
+        return semaphore_post(self->o, order->count, attempt, naps);
+    case NOTIFY:
+        return condition_notify(self->o, order->count, attempt, naps);
+    case OPEN:
+        return barrier_open(self->o, attempt, naps);
+    default:
+        return barrier_break(self->o, order->what == RESET, attempt, naps);
+    }
+}
+
 /* What must be done, whatever signals come: short, and only ever for the monitor. */
 static int insist(SyncObject *self, trying try, void *context, struct attempt *attempt)
 {
@@ -48,7 +68,7 @@ static PyObject *back_out(SyncObject *self, enum role role, struct attempt *atte
         struct leaving leaving = {role, attempt->slot - 1, false};
         insist(self, try_leave, &leaving, attempt);
     } else if (end == DONE && role == ROLE_UNIT)
-        semaphore_post(self->o, 1, &(struct attempt){0}, NULL);
+        insist(self, try_order, &(struct order){POST, 1}, &(struct attempt){0});
     return NULL;
 }
 
@@ -91,26 +111,26 @@ static PyObject *crowd_join(PyObject *object, PyObject *unused)
     return verdict == WAIT ? PyLong_FromLong(attempt.slot) : sync_fail(self, verdict, "wait");
 }
 
-PyDoc_STRVAR(listen_doc, "listen(slot, timeout)\n--\n\nTrue: notified; leave(LISTENER, slot) must follow. False: not in time; out.");
+PyDoc_STRVAR(listen_doc, "listen(slot, timeout, lock)\n--\n\nTrue: notified; leave(LISTENER, slot) must follow. False: not in time; out.");
 
 static PyObject *crowd_listen(PyObject *object, PyObject *args)
 {
     SyncObject *self = (SyncObject *)object;
     int slot;
-    PyObject *timeout;
-    if (!PyArg_ParseTuple(args, "iO", &slot, &timeout))
+    PyObject *timeout, *lock;
+    if (!PyArg_ParseTuple(args, "iOO", &slot, &timeout, &lock))
         return NULL;
     enum role role = ROLE_LISTENER;
-    struct attempt attempt = {.slot = slot};
-    int64_t deadline = deadline_for(NULL, timeout);
+    bool wrong;
+    struct attempt attempt = {.slot = slot, .lock = mutex_to_watch(lock, &wrong)};
+    int64_t deadline = wrong ? -1 : deadline_for(NULL, timeout);
     int verdict = deadline == -1 ? -1 : drive(self, try_enter, &role, &attempt, deadline, false);
     if (verdict == WAIT || verdict == -1) {
         int end = insist(self, try_give_up, &role, &attempt);
         if (verdict == -1 && end == DONE) { /* interrupted, and notified: somebody else shall have it */
             struct leaving leaving = {role, attempt.slot - 1, false};
             insist(self, try_leave, &leaving, &attempt);
-            while (condition_notify(self->o, 1, &(struct attempt){0}, NULL) == WAIT)
-                ;
+            insist(self, try_order, &(struct order){NOTIFY, 1}, &(struct attempt){0});
         }
         return verdict == -1 ? NULL : PyBool_FromLong(end == DONE);
     }
@@ -132,26 +152,6 @@ static PyObject *crowd_leave_(PyObject *object, PyObject *args)
     if (verdict == DONE)
         Py_RETURN_NONE;
     return sync_fail(self, verdict, operation);
-}
-
-struct order {
-    enum { POST, NOTIFY, OPEN, BREAK, RESET } what;
-    uint32_t count;
-};
-
-static enum verdict try_order(SyncObject *self, void *context, struct attempt *attempt, struct naps *naps)
-{
-    struct order *order = context;
-    switch (order->what) {
-    case POST:
-        return semaphore_post(self->o, order->count, attempt, naps);
-    case NOTIFY:
-        return condition_notify(self->o, order->count, attempt, naps);
-    case OPEN:
-        return barrier_open(self->o, attempt, naps);
-    default:
-        return barrier_break(self->o, order->what == RESET, attempt, naps);
-    }
 }
 
 static PyObject *give_order(PyObject *object, struct order order, int slot, const char *operation)
@@ -251,10 +251,11 @@ static PyObject *crowd_people(PyObject *object, PyObject *unused)
     return list;
 }
 
-static PyObject *crowd_attempt(PyObject *object, PyObject *role)
+static PyObject *crowd_attempt(PyObject *object, PyObject *args)
 {
-    long which = PyLong_AsLong(role);
-    return which == -1 && PyErr_Occurred() ? NULL : attempt_new((SyncObject *)object, CLAIM_PLAIN, (int)which);
+    int role;
+    PyObject *lock = NULL;
+    return PyArg_ParseTuple(args, "i|O", &role, &lock) ? attempt_new((SyncObject *)object, CLAIM_PLAIN, role, lock) : NULL;
 }
 
 /* -- events --------------------------------------------------------------------------------------------------------- */
@@ -317,7 +318,7 @@ static PyMethodDef crowd_methods[] = {
     {"_value", crowd_value, METH_NOARGS, NULL},
     {"_flags", crowd_flags_, METH_NOARGS, NULL},
     {"_people", crowd_people, METH_NOARGS, NULL},
-    {"_attempt", crowd_attempt, METH_O, NULL},
+    {"_attempt", crowd_attempt, METH_VARARGS, NULL},
     {"_event_wait", sync_event_wait, METH_O, NULL},
     {"_event_set", sync_event_set, METH_NOARGS, NULL},
     {"_event_clear", sync_event_clear, METH_NOARGS, NULL},

@@ -43,18 +43,24 @@ int64_t deadline_for(PyObject *block, PyObject *timeout)
 int drive(SyncObject *self, trying try, void *context, struct attempt *attempt, int64_t deadline, bool stubborn)
 {
     struct naps naps;
+    int64_t give_in = 0;
     for (;;) {
-        enum verdict verdict = try(self, context, attempt, deadline == 0 ? NULL : &naps);
+        attempt->once = deadline == 0;
+        enum verdict verdict = try(self, context, attempt, &naps);
         attempt->slept = false;
-        if (verdict != WAIT || deadline == 0)
+        if (verdict != WAIT || (deadline == 0 && !attempt->at_monitor))
             return verdict;
+        if (deadline == 0 && give_in == 0)
+            give_in = clock_ns() + MONITOR_NS;
         int error;
         Py_BEGIN_ALLOW_THREADS
-        error = nap(self_here(), &naps, deadline, NULL);
+        error = nap(self_here(), &naps, deadline ? deadline : give_in, NULL);
         Py_END_ALLOW_THREADS
         attempt->slept = error == 0;
         if (error == EINTR && !stubborn && PyErr_CheckSignals() < 0)
             return -1;
+        if (error == ETIMEDOUT && deadline == 0)
+            return WAIT;
         if (error == ETIMEDOUT)
             deadline = 0; /* what came at the last moment still counts */
     }
@@ -128,23 +134,21 @@ int sync_clear(PyObject *object)
     return 0;
 }
 
+static bool ours(struct robust_word *word)
+{
+    return (atomic_load_explicit(&word->word, memory_order_relaxed) & OWNER_MASK) &&
+           atomic_load_explicit(&word->pid, memory_order_relaxed) == (uint32_t)getpid();
+}
+
 /* A thread of this process owns a word in it, so the kernel will come to read it when the thread ends. */
 static bool in_use(struct sync_object *o, size_t size)
 {
-    uint32_t pid = (uint32_t)getpid();
-    struct robust_word *first = &o->mutex.own;
-    for (size_t at = 0; at + 64 < size; at += sizeof(struct mutex)) {
-        struct robust_word *word = (struct robust_word *)((char *)first + at);
-        if (at == offsetof(struct sync_object, crowd) - offsetof(struct sync_object, mutex))
-            continue;
-        if (size == SYNC_SMALL && at > 64)
-            break;
-        if ((atomic_load_explicit(&word->word, memory_order_relaxed) & OWNER_MASK) &&
-            atomic_load_explicit(&word->pid, memory_order_relaxed) == pid)
+    if (ours(&o->mutex.own)) /* a witness has the same owner, and monitors are free between calls */
+        return true;
+    uint32_t slots = size == SYNC_LARGE ? atomic_load_explicit(&o->crowd.high, memory_order_relaxed) : 0;
+    for (uint32_t i = 0; i < slots && i < SYNC_SLOTS; i++)
+        if (ours(&o->slots[i].own))
             return true;
-        if (at > 192 && (at - 192) / 64 > atomic_load_explicit(&o->crowd.high, memory_order_relaxed))
-            break;
-    }
     return false;
 }
 
@@ -165,15 +169,19 @@ void sync_dealloc(PyObject *object)
 
 /* -- the mutex ------------------------------------------------------------------------------------------------------ */
 
+static PyObject *mutex_type; /* abi3 modules have no state that a function without a module could reach */
+
 static enum verdict try_mutex(SyncObject *self, void *endless, struct attempt *attempt, struct naps *naps)
 {
     struct mutex *m = &self->o->mutex;
+    if (attempt->once)
+        naps = NULL;
     enum verdict verdict = mutex_try(m, attempt, naps);
     if (verdict != SELF || (naps && *(bool *)endless))
         return verdict;
     if (naps) { /* to the end of its patience, as it asked for */
         uint32_t word = atomic_load_explicit(&m->own.word, memory_order_relaxed);
-        *naps = (struct naps){.count = 1, .at[0] = {&m->own.word, word, false}};
+        *naps = (struct naps){.count = 1, .at[0] = {&m->own.word, word, QUIET}};
     }
     return WAIT;
 }
@@ -294,6 +302,13 @@ static PyObject *mutex_holder(PyObject *object, PyObject *unused)
     return sync_owner(&((SyncObject *)object)->o->mutex.own);
 }
 
+static PyObject *mutex_watch_(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    mutex_watch(&((SyncObject *)object)->o->mutex);
+    Py_RETURN_NONE;
+}
+
 static PyObject *mutex_is_mine(PyObject *object, PyObject *unused)
 {
     (void)unused;
@@ -339,7 +354,7 @@ static PyObject *mutex_attempt(PyObject *object, PyObject *claim)
     if (which == -1 && PyErr_Occurred())
         return NULL;
     SyncObject *self = (SyncObject *)object;
-    return attempt_new(self, which == CLAIM_PLAIN && self->take ? CLAIM_TAKE : (enum claim)which, 0);
+    return attempt_new(self, which == CLAIM_PLAIN && self->take ? CLAIM_TAKE : (enum claim)which, 0, NULL);
 }
 
 static PyMethodDef mutex_methods[] = {
@@ -352,6 +367,7 @@ static PyMethodDef mutex_methods[] = {
     {"_owner", mutex_holder, METH_NOARGS, NULL},
     {"_is_owned", mutex_is_mine, METH_NOARGS, NULL},
     {"_word", mutex_state, METH_NOARGS, NULL},
+    {"_watch", mutex_watch_, METH_NOARGS, NULL},
     {"_release_save", mutex_release_save, METH_NOARGS, NULL},
     {"_acquire_restore", mutex_acquire_restore, METH_O, NULL},
     {"_attempt", mutex_attempt, METH_O, NULL},
@@ -363,6 +379,18 @@ PyMemberDef sync_members[] = {
     {"_inherited", T_BOOL, offsetof(SyncObject, inherited), READONLY, NULL},
     {NULL},
 };
+
+struct mutex *mutex_to_watch(PyObject *object, bool *wrong)
+{
+    *wrong = false;
+    if (object == NULL || object == Py_None)
+        return NULL;
+    PyTypeObject *type = (PyTypeObject *)mutex_type;
+    *wrong = !PyObject_TypeCheck(object, type);
+    if (*wrong)
+        PyErr_SetString(PyExc_TypeError, "a Lock or RLock of ipckit, please");
+    return *wrong || ((SyncObject *)object)->take ? NULL : &((SyncObject *)object)->o->mutex;
+}
 
 static PyType_Slot mutex_slots[] = {
     {Py_tp_doc, "A robust mutex in memory that processes share."},
@@ -448,17 +476,11 @@ static PyMethodDef functions[] = {
     {NULL},
 };
 
-static int add_type(PyObject *module, PyType_Spec *spec, const char *name)
-{
-    PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
-    int failed = type ? PyModule_AddObjectRef(module, name, type) : -1;
-    Py_XDECREF(type);
-    return failed;
-}
-
 int add_sync_types(PyObject *module)
 {
-    return add_type(module, &mutex_spec, "Mutex") < 0 || add_crowd_type(module) < 0 || add_attempt_type(module) < 0
-               ? -1
-               : PyModule_AddFunctions(module, functions);
+    Py_CLEAR(mutex_type);
+    mutex_type = PyType_FromModuleAndSpec(module, &mutex_spec, NULL);
+    if (!mutex_type || PyModule_AddObjectRef(module, "Mutex", mutex_type) < 0)
+        return -1;
+    return add_crowd_type(module) < 0 || add_attempt_type(module) < 0 ? -1 : PyModule_AddFunctions(module, functions);
 }

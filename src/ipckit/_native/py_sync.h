@@ -27,6 +27,7 @@ typedef enum verdict (*trying)(SyncObject *self, void *context, struct attempt *
 
 /* Try and sleep until it is not WAIT, or the deadline passed (then WAIT). The GIL is released while asleep only. `stubborn`: go on after a
  * signal; else its handler runs, and what it raises ends the wait: -1. */
+#define MONITOR_NS INT64_C(100000000) /* what does not wait waits so long for one who was stopped in the middle of a crowd's work */
 int drive(SyncObject *self, trying try, void *context, struct attempt *attempt, int64_t deadline, bool stubborn);
 
 /* `block` and `timeout` as multiprocessing has them: a negative timeout is 0. -1 with an exception set. */
@@ -41,7 +42,10 @@ extern PyMemberDef sync_members[];
 PyObject *sync_owner(struct robust_word *word); /* (pid, since in s, tid), or None */
 
 /* Attempts, in py_attempt.c. */
-PyObject *attempt_new(SyncObject *sync, enum claim claim, int role); /* role 0: the mutex; -1: the event */
+/* role 0: the mutex; -1: the event; `lock`: that of a listener, or NULL. */
+PyObject *attempt_new(SyncObject *sync, enum claim claim, int role, PyObject *lock);
+/* What a listener watches of this lock: NULL if there is none, or one that is taken whoever died; or `wrong`, with an exception set. */
+struct mutex *mutex_to_watch(PyObject *lock, bool *wrong);
 int add_crowd_type(PyObject *module);
 int add_attempt_type(PyObject *module);
 int add_sync_types(PyObject *module);

@@ -4,7 +4,8 @@
  *   offset 64     mutex      Lock, RLock, and the lock of a Condition that brings its own
  *   offset 128    monitor    the mutex that guards everything behind it, held for some instructions only
  *   offset 192    crowd      what is counted: units, parties, generations
- *   offset 256    slots      one for everybody who is inside or waits; none where the kind needs none
+ *   offset 256    witness    a robust word that the mutex's owner owns as well, where a Condition uses the mutex (lock.h)
+ *   offset 320    slots      one for everybody who is inside or waits; none where the kind needs none
  *
  *   a robust word      0       4       8         16              24         32
  *                      | word  | pid   | since   | (its user's)  | previous | next     |
@@ -56,8 +57,9 @@ struct robust_word {
 
 struct mutex {
     struct robust_word own;
-    uint32_t depth; /* of an RLock, beyond the first; the owner's */
-    uint32_t unused[5];
+    uint32_t depth;            /* of an RLock, beyond the first; the owner's */
+    _Atomic uint32_t watched;  /* a Condition uses it: its owner owns the witness as well */
+    uint32_t unused[4];
 };
 
 /* One who is inside, or waits. Free while the word is 0. All but the word and the gate are written under the monitor. */
@@ -101,12 +103,14 @@ struct sync_object {
     struct mutex mutex;
     struct mutex monitor;
     struct crowd crowd;
+    struct robust_word witness;
+    uint64_t unused[3];
     struct slot slots[];
 };
 
 #define SYNC_SMALL 4096
-#define SYNC_SLOTS 1020 /* with the lines before them 64 KiB */
-#define SYNC_LARGE (256 + SYNC_SLOTS * 64)
+#define SYNC_SLOTS 1019 /* with the lines before them 64 KiB */
+#define SYNC_LARGE (320 + SYNC_SLOTS * 64)
 
 static_assert(sizeof(void *) == 8, "links are 64-bit addresses");
 static_assert(ATOMIC_INT_LOCK_FREE == 2 && ATOMIC_LLONG_LOCK_FREE == 2, "words need lock-free atomics");
@@ -115,6 +119,7 @@ static_assert(sizeof(struct robust_word) == 40, "layout");
 static_assert(sizeof(struct mutex) == 64 && sizeof(struct slot) == 64 && sizeof(struct crowd) == 64, "layout");
 static_assert(sizeof(struct sync_header) == 64, "layout");
 static_assert(offsetof(struct sync_object, mutex) == 64 && offsetof(struct sync_object, monitor) == 128, "layout");
-static_assert(offsetof(struct sync_object, crowd) == 192 && offsetof(struct sync_object, slots) == 256, "layout");
+static_assert(offsetof(struct sync_object, crowd) == 192 && offsetof(struct sync_object, witness) == 256, "layout");
+static_assert(offsetof(struct sync_object, slots) == 320, "layout");
 
 #endif

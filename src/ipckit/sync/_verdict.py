@@ -10,7 +10,7 @@ from .._url import Url
 DONE, WAIT, DIED, BROKEN, NOT_MINE, SELF, FULL, OVER, NO_KERNEL, CORRUPT, INHERITED, OUT = range(12)
 PLAIN, TAKE, RECOVER = range(3)  # claims
 UNIT, READ, WRITE, REPAIR, PARTY, LISTENER = range(1, 7)  # roles in a crowd
-SLOTS = 1020
+SLOTS = 1019
 
 Fail = Callable[[int, str, int], BaseException]
 

@@ -25,8 +25,8 @@ class _Own(RLock):
 class Condition(_native.Crowd):
     """A condition variable between threads and processes, with its lock.
 
-    A waiter that dies costs nothing: a notification that it can no longer act on goes to the next. If the lock is abandoned when
-    a waiter wants it back, `wait` raises OwnerDied, without it; `with condition:` knows that there is nothing to release then.
+    A waiter that dies costs nothing: a notification that it can no longer act on goes to the next. If one dies that holds the lock,
+    `wait` raises OwnerDied, without it, in everyone who waits; `with condition:` knows that there is nothing to release then.
 
     Args:
         lock: a Lock or RLock of ipckit; None: an RLock of its own. Under a name, all must give the same.
@@ -51,6 +51,7 @@ class Condition(_native.Crowd):
         self.url = url
         self._own = lock is None
         self._lock = _Own._from_fd(_home.duplicate(self._fd), url, "raise") if lock is None else lock
+        self._lock._watch()
         self.acquire = self._lock.acquire
         self.release = self._lock.release
         return self
@@ -66,14 +67,18 @@ class Condition(_native.Crowd):
         """Let go of the lock, wait to be notified, take the lock back. Whether it was notified within `timeout` seconds."""
         self._need_lock("wait")
         slot = self._join()
+        depth = self._lock._release_save()
         notified = False
         try:
-            depth = self._lock._release_save()
             try:
-                notified = self._listen(slot, timeout)
-            finally:
-                # Holds the notification until it has the lock: if it dies before, the notification goes to the next.
+                notified = self._listen(slot, timeout, self._lock)
+            except errors.OwnerDied:
+                raise  # without the lock
+            except BaseException:
                 self._lock._acquire_restore(depth)
+                raise
+            # Holds the notification until it has the lock: if it dies before, the notification goes to the next.
+            self._lock._acquire_restore(depth)
         finally:
             if notified:
                 self._leave(LISTENER, "wait", slot)

@@ -86,8 +86,8 @@ class _Waits:
         """DONE, INHERITED or OUT."""
         if block and (timeout is None or timeout > 0):
             return await self._run(_steps(attempt, undo), timeout)
-        verdict = attempt.poll()
-        return int(verdict) if verdict is not None else DONE if attempt.give_up() else OUT
+        verdict = attempt.now()
+        return OUT if verdict is None else int(verdict)
 
     @property
     def url(self) -> Url | None:
@@ -385,15 +385,19 @@ class Condition(_Waits):
     async def wait(self, timeout: float | None = None) -> bool:
         """As `ipckit.sync.Condition.wait`. Cancelled, it raises once it holds the lock again."""
         self._need_lock("wait")
-        listening = self._core._attempt(LISTENER)
+        listening = self._core._attempt(LISTENER, self._lock._core)
         await self._run(_joined(listening), None)
+        depth = self._lock._let_go()
         notified = False
         try:
-            depth = self._lock._let_go()
             try:
                 notified = await self._get(listening, True, timeout, lambda: self._pass_on(listening.slot)) != OUT
-            finally:
+            except errors.OwnerDied:
+                raise  # without the lock
+            except BaseException:
                 await self._lock._take_back(depth)
+                raise
+            await self._lock._take_back(depth)
         finally:
             if notified:
                 self._core._leave(LISTENER, "wait", listening.slot)
