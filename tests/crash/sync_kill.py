@@ -1,12 +1,13 @@
-"""Kill a process that uses a lock at a random instant, many times, and see what it does to the others.
+"""Kill a process that uses a lock, many times, and see what it does to the others.
 
     python tests/crash/sync_kill.py --kind mutex --count 500 --seed 1
 
-Each round forks a victim and a survivor; this process is the second survivor. All three take turns at one object without a pause;
-the victim is killed a random number of microseconds after its first turn. What must hold:
+Each round forks a victim and two survivors, who take turns at one object without a pause; this process kills the victim: `count` times
+while it holds (is inside, or waits at the barrier), and a quarter as often blindly, at any instant of acquiring and releasing. What
+must hold:
 
     nobody is let in twice      whoever is inside alone writes its pid into shared memory, and finds it there when it leaves
-    everybody is told           a survivor hears OwnerDied (BrokenBarrier) or is let in, within 50 ms where it has a processor
+    everybody is told           each survivor hears OwnerDied (BrokenBarrier) or is let in, within 50 ms where it has a processor
     nobody is stuck             every turn ends, and some more after the kill
     nothing is left             descriptors
 
@@ -30,10 +31,12 @@ from dataclasses import dataclass, field
 from ipckit import errors, sync
 
 BOUND = 0.05  # seconds from the kill until everybody knows
-STUCK = 10.0  # seconds that no turn may take
+STUCK = 20.0  # seconds that no turn may take
+PATIENCE = 0.3  # seconds in a wait whose end may have died with the victim before it held anything
 AFTER = 3  # turns of each survivor after the kill
 
-INSIDE, KILLED, FAULTS, TURNS, STOP = range(5)  # words of the journal
+INSIDE, READING, VICTIM, KILLED_AT, FAULTS, TURNS, HOLD, STOP = range(8)  # words of the journal
+TOLD, DONE = range(2)  # and of each survivor
 
 
 class Journal:
@@ -43,30 +46,26 @@ class Journal:
         self.words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
 
     def clear(self) -> None:
-        for i in range(8):
+        for i in range(32):
             self.words[i] = 0
 
-    def enter(self) -> None:
+    def alone(self, chance: random.Random) -> None:
         before = self.words[INSIDE]
-        if before and before != self.words[KILLED]:
+        if before and not (before == self.words[VICTIM] and self.words[KILLED_AT]):
             self.words[FAULTS] += 1  # alone: so plain arithmetic will do
         self.words[INSIDE] = os.getpid()
-
-    def leave(self) -> None:
+        self.linger(chance)
         if self.words[INSIDE] != os.getpid():
             self.words[FAULTS] += 1
         self.words[INSIDE] = 0
 
-    def alone(self, chance: random.Random) -> None:
-        self.enter()
-        linger(chance)
-        self.leave()
+    def linger(self, chance: random.Random) -> None:
+        end = time.perf_counter() + chance.choice([0, 20e-6, 200e-6]) * chance.random()
+        while time.perf_counter() < end or (self.words[HOLD] and os.getpid() == self.words[VICTIM]):
+            os.sched_yield()
 
-
-def linger(chance: random.Random) -> None:
-    end = time.perf_counter() + chance.choice([0, 5e-6, 50e-6]) * chance.random()
-    while time.perf_counter() < end:
-        pass
+    def survivor(self, which: int) -> memoryview:
+        return self.words[16 + 4 * which :]
 
 
 class Stuck(Exception):
@@ -78,21 +77,22 @@ def got(true: bool) -> None:
         raise Stuck
 
 
-# -- one turn at each kind: returns normally, whatever state the dead left ----------------------------------------------
+# -- one turn at each kind: whether it says something of the victim; whatever state the dead left ----------------------
 
 
-def mutex_turn(lock: sync.Lock, journal: Journal, chance: random.Random) -> None:
+def mutex_turn(lock: sync.Lock, journal: Journal, chance: random.Random) -> bool:
     try:
         got(lock.acquire(timeout=STUCK))
     except errors.OwnerDied:
         with lock.recover(timeout=STUCK):
             journal.alone(chance)
-        return
+        return True
     journal.alone(chance)
     lock.release()
+    return True
 
 
-def rwlock_turn(lock: sync.RWLock, journal: Journal, chance: random.Random) -> None:
+def rwlock_turn(lock: sync.RWLock, journal: Journal, chance: random.Random) -> bool:
     reads = chance.random() < 0.5
     side = lock.read if reads else lock.write
     try:
@@ -100,40 +100,56 @@ def rwlock_turn(lock: sync.RWLock, journal: Journal, chance: random.Random) -> N
     except errors.OwnerDied:
         with lock.recover(timeout=STUCK):
             journal.alone(chance)
-        return
+        return True
     if reads:
-        if journal.words[INSIDE] not in (0, journal.words[KILLED]):
+        before = journal.words[INSIDE]
+        if before and not (before == journal.words[VICTIM] and journal.words[KILLED_AT]):
             journal.words[FAULTS] += 1
-        linger(chance)
+        victim = os.getpid() == journal.words[VICTIM]
+        journal.words[READING] |= victim
+        journal.linger(chance)
+        if victim:
+            journal.words[READING] = 0
     else:
         journal.alone(chance)
     side.release()
+    return True
 
 
-def condition_turn(condition: sync.Condition, journal: Journal, chance: random.Random) -> None:
+def condition_turn(condition: sync.Condition, journal: Journal, chance: random.Random) -> bool:
     try:
         with condition:
             journal.alone(chance)
             condition.notify()
-            condition.wait(chance.random() * 0.002)
+            notified = condition.wait(PATIENCE)
             journal.alone(chance)
+            return notified
     except errors.OwnerDied:
         with condition.recover(timeout=STUCK):
             journal.alone(chance)
+        return True
 
 
-def leased_turn(semaphore: sync.Semaphore, journal: Journal, chance: random.Random) -> None:
+def leased_turn(semaphore: sync.Semaphore, journal: Journal, chance: random.Random) -> bool:
     got(semaphore.acquire(timeout=STUCK))
     journal.alone(chance)
     semaphore.release()
+    return True
 
 
-def barrier_turn(barrier: sync.Barrier, journal: Journal, chance: random.Random) -> None:
-    linger(chance)
-    barrier.wait(0.5)  # of one that died before it came nobody can know
+def barrier_turn(barrier: sync.Barrier, journal: Journal, chance: random.Random) -> bool:
+    patience = STUCK if journal.words[HOLD] else PATIENCE
+    begin = time.perf_counter()
+    try:
+        barrier.wait(patience)
+    except errors.BrokenBarrier:
+        if time.perf_counter() - begin < patience:
+            raise
+        return False  # of one that died before it came nobody can know
+    return True
 
 
-KINDS: dict[str, tuple[Callable[[], object], Callable[..., None]]] = {
+KINDS: dict[str, tuple[Callable[[], object], Callable[..., bool]]] = {
     "mutex": (sync.Lock, mutex_turn),
     "rwlock": (sync.RWLock, rwlock_turn),
     "condition": (sync.Condition, condition_turn),
@@ -142,24 +158,39 @@ KINDS: dict[str, tuple[Callable[[], object], Callable[..., None]]] = {
 }
 
 
-def child(thing: object, turn: Callable[..., None], journal: Journal, chance: random.Random, victim: bool) -> None:
-    """In the forked child; never returns. 0: stopped; 3: a turn did not end; 4: something else."""
+def child(thing: object, turn: Callable[..., bool], journal: Journal, chance: random.Random, which: int) -> None:
+    """In the forked child, which -1: the victim; never returns. 0: stopped; 3: a turn did not end; 4: something else."""
     signal.alarm(60)
     code = 4
+    words, mine = journal.words, journal.survivor(max(which, 0))
     try:
-        while victim or not journal.words[STOP]:
-            turn(thing, journal, chance)
-            if victim:
-                journal.words[TURNS] += 1
-        code = 0
-    except errors.BrokenBarrier:
+        while which < 0 or not words[STOP]:
+            while which == 1 and words[HOLD] and not words[KILLED_AT]:
+                os.sched_yield()  # so that the barrier stays closed
+            try:
+                spoke = turn(thing, journal, chance)
+                broken = False
+            except errors.BrokenBarrier:
+                spoke = broken = True
+            if which < 0:
+                words[TURNS] += 1
+            elif words[KILLED_AT]:
+                if spoke and not mine[TOLD]:
+                    mine[TOLD] = max(1, time.monotonic_ns() - words[KILLED_AT])
+                mine[DONE] += 1
+            if broken or (isinstance(thing, sync.Barrier) and words[KILLED_AT]):
+                mine[DONE] = AFTER
+                break
+        if isinstance(thing, sync.Condition):
+            with thing:
+                thing.notify_all()
         code = 0
     except (Stuck, errors.Timeout):
         code = 3
     except BaseException as error:
-        print(f"{'victim' if victim else 'survivor'}: {error!r}", file=sys.stderr, flush=True)
+        print(f"{'victim' if which < 0 else 'survivor'}: {error!r}", file=sys.stderr, flush=True)
     finally:
-        if victim:
+        if which < 0:
             signal.pause()  # its barrier was broken under load: it waits to be killed
         os._exit(code)
 
@@ -182,54 +213,62 @@ class Report:
     def __str__(self) -> str:
         worst = sorted(self.latencies) or [0.0]
         return (
-            f"{self.kind}: {self.rounds} kills, {self.held} of one that was inside; the other told, or in, after median "
+            f"{self.kind}: {self.rounds} kills, {self.held} of a holder; {len(self.latencies)} survivors told, or in, after median "
             f"{statistics.median(worst) * 1e3:.2f} ms, worst {worst[-1] * 1e3:.2f} ms, {self.late} later than {BOUND * 1e3:.0f} ms; "
             f"faults: {len(self.faults)}"
         )
 
 
-def one_round(kind: str, journal: Journal, chance: random.Random, report: Report) -> list[str]:
+def holds(thing: object, journal: Journal, victim: int) -> bool:
+    if isinstance(thing, sync.Barrier):
+        return any(waits and owner[0] == victim for _, _, waits, owner in thing._people())
+    return journal.words[INSIDE] == victim or bool(journal.words[READING])
+
+
+def until(true: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not (so := true()) and time.monotonic() < end:
+        os.sched_yield()
+    return so
+
+
+def one_round(kind: str, journal: Journal, chance: random.Random, report: Report, aimed: bool) -> list[str]:
     make, turn = KINDS[kind]
     thing = make()
     journal.clear()
-    pids = []
-    for victim in (True, False):
+    words, pids, faults = journal.words, [], []
+    words[HOLD] = aimed and kind == "barrier"
+    for which in (-1, 0, 1):
         seed = chance.random()
         pids.append(os.fork())
         if pids[-1] == 0:
-            child(thing, turn, journal, random.Random(seed), victim)
-    delay = chance.choice([0, 50e-6, 500e-6, 5e-3]) * chance.random()
-    faults, told = [], 0
-    killed_at = due = None
-    try:
-        while told < AFTER:
-            if killed_at is None and journal.words[TURNS]:
-                due = due or time.perf_counter() + delay
-                if time.perf_counter() >= due:
-                    journal.words[KILLED] = pids[0]
-                    os.kill(pids[0], signal.SIGKILL)
-                    report.held += journal.words[INSIDE] == pids[0]
-                    killed_at = time.perf_counter()
-            turn(thing, journal, chance)
-            if killed_at is not None:
-                if told == 0 and kind != "condition":
-                    report.latencies.append(time.perf_counter() - killed_at)
-                told += 1
-    except errors.BrokenBarrier:
-        if killed_at is not None:
-            report.latencies.append(time.perf_counter() - killed_at)
-    except (Stuck, errors.Timeout):
-        faults.append("this survivor was stuck")
-    if killed_at is None:
-        os.kill(pids[0], signal.SIGKILL)
-    journal.words[STOP] = 1
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    if codes[0] != -signal.SIGKILL:
-        faults.append(f"the victim ended by itself ({codes[0]})")
-    if codes[1]:
-        faults.append(f"the other survivor ended with {codes[1]}" + (", stuck" if codes[1] == 3 else ""))
-    if journal.words[FAULTS]:
-        faults.append(f"let in twice, {journal.words[FAULTS]} times")
+            words[VICTIM] = os.getpid() if which < 0 else words[VICTIM]
+            child(thing, turn, journal, random.Random(seed), which)
+    victim = words[VICTIM] = pids[0]
+    delay = chance.choice([0, 50e-6, 500e-6, 3e-3]) * chance.random()
+    until(lambda: words[TURNS] > 0 or kind == "barrier", STUCK)
+    words[HOLD] = aimed
+    if aimed and not until(lambda: holds(thing, journal, victim), STUCK):
+        faults.append("the victim was stuck")
+    until(lambda: False, delay)
+    words[KILLED_AT] = time.monotonic_ns()  # before: who comes in after it finds the victim's pid
+    os.kill(victim, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1])
+    survivors = [journal.survivor(0), journal.survivor(1)]
+    report.held += aimed
+    if code != -signal.SIGKILL:
+        faults.append(f"the victim ended by itself ({code})")
+    if not until(lambda: all(one[DONE] >= AFTER for one in survivors), STUCK):
+        faults.append("a survivor was stuck")
+    words[STOP] = 1
+    for pid in pids[1:]:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code:
+            faults.append(f"a survivor ended with {code}" + (", stuck" if code == 3 else ""))
+    if aimed or kind != "barrier":  # one that died before it came breaks nothing: the first to lose its patience does
+        report.latencies += [one[TOLD] / 1e9 for one in survivors if one[TOLD]]
+    if words[FAULTS]:
+        faults.append(f"let in twice, {words[FAULTS]} times")
     report.rounds += 1
     return faults
 
@@ -238,8 +277,9 @@ def run(kind: str, count: int, seed: int) -> Report:
     chance = random.Random(seed)
     report, journal = Report(kind), Journal()
     before = len(os.listdir("/proc/self/fd"))
-    for n in range(count):
-        report.faults += [f"round {n} of seed {seed}: {fault}" for fault in one_round(kind, journal, chance, report)]
+    for n in range(count + count // 4):
+        faults = one_round(kind, journal, chance, report, n % 5 != 4)
+        report.faults += [f"round {n} of seed {seed}: {fault}" for fault in faults]
     if len(os.listdir("/proc/self/fd")) != before:
         report.faults.append("descriptors are left")
     return report

@@ -335,6 +335,7 @@ static void the_next_in_line_watches_everybody(void)
 {
     struct sync_object *o = made(SYNC_LEASED, 2, 2);
     struct attempt attempt = {0};
+    int64_t begin = clock_ns();
     CHECK(enter_for(o, ROLE_UNIT, &attempt, PATIENCE) == DONE);
     pid_t inside = holder(o);
     await_count(o, false, 2);
@@ -348,6 +349,7 @@ static void the_next_in_line_watches_everybody(void)
     usleep(20000);
     end(inside);
     await_count(o, true, 0);
+    CHECK(clock_ns() - begin < PATIENCE); /* it did not give up */
     end(first), end(second);
     unmade(o);
 }

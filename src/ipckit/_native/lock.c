@@ -278,16 +278,22 @@ static bool courteous(struct mutex *m, struct self *me, struct attempt *attempt)
     return true;
 }
 
-static enum verdict taken(struct mutex *m, struct self *me, struct attempt *attempt, uint32_t was)
+/* A reservation that outlived its need would keep others from making theirs. */
+static bool unreserve(struct mutex *m, struct self *me)
+{
+    uint32_t mine = me->tid;
+    return atomic_load_explicit(&m->own.more, memory_order_relaxed) == mine &&
+           atomic_compare_exchange_strong_explicit(&m->own.more, &mine, 0, memory_order_relaxed, memory_order_relaxed);
+}
+
+static enum verdict taken(struct mutex *m, struct self *me, uint32_t was)
 {
     STEP(1);
     word_link(me, &m->own);
     STEP(2);
     if (atomic_load_explicit(&m->watched, memory_order_relaxed))
         witness_take(me, m);
-    uint32_t mine = me->tid;
-    if (attempt->slept)
-        atomic_compare_exchange_strong_explicit(&m->own.more, &mine, 0, memory_order_relaxed, memory_order_relaxed);
+    unreserve(m, me);
     pending(me, NULL);
     STEP(3);
     word_record(me, &m->own);
@@ -297,8 +303,11 @@ static enum verdict taken(struct mutex *m, struct self *me, struct attempt *atte
 static enum verdict busy(struct mutex *m, struct self *me, struct attempt *attempt, struct naps *naps, uint32_t word)
 {
     if (attempt->slept && naps && (word & OWNER_MASK) != 0) {
-        uint32_t none = 0;
-        atomic_compare_exchange_strong_explicit(&m->own.more, &none, me->tid, memory_order_relaxed, memory_order_relaxed);
+        uint32_t whose = 0;
+        bool ours = atomic_compare_exchange_strong_explicit(&m->own.more, &whose, me->tid, memory_order_relaxed,
+                                                            memory_order_relaxed);
+        if (!ours && whose == (word & OWNER_MASK)) /* it has what it was reserved for, and took it without a look */
+            atomic_compare_exchange_strong_explicit(&m->own.more, &whose, me->tid, memory_order_relaxed, memory_order_relaxed);
     }
     STEP(5);
     if (naps) {
@@ -332,6 +341,7 @@ enum verdict mutex_try(struct mutex *m, struct attempt *attempt, struct naps *na
             if (word & WAITERS)
                 futex_wake(&m->own.word, INT32_MAX); /* the kernel told one of us */
             STEP(6);
+            unreserve(m, me);
             pending(me, NULL);
             return DIED;
         }
@@ -343,7 +353,7 @@ enum verdict mutex_try(struct mutex *m, struct attempt *attempt, struct naps *na
                 mine |= word & OWNER_DIED;
             /* SYNC POINT: mutex handover */
             if (atomic_compare_exchange_weak_explicit(&m->own.word, &word, mine, memory_order_acquire, memory_order_relaxed))
-                return taken(m, me, attempt, word);
+                return taken(m, me, word);
             continue;
         }
         if (naps && !(word & WAITERS)) {
@@ -359,8 +369,7 @@ enum verdict mutex_try(struct mutex *m, struct attempt *attempt, struct naps *na
 void mutex_give_up(struct mutex *m, struct attempt *attempt)
 {
     struct self *me = self_here();
-    uint32_t mine = me->tid;
-    bool reserved = atomic_compare_exchange_strong_explicit(&m->own.more, &mine, 0, memory_order_relaxed, memory_order_relaxed);
+    bool reserved = unreserve(m, me);
     uint32_t word = atomic_load_explicit(&m->own.word, memory_order_relaxed);
     if (attempt->slept || reserved) {
         while ((word & OWNER_MASK) && !(word & WAITERS) &&
