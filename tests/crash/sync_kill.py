@@ -242,9 +242,10 @@ def one_round(kind: str, journal: Journal, chance: random.Random, report: Report
         seed = chance.random()
         pids.append(os.fork())
         if pids[-1] == 0:
-            words[VICTIM] = os.getpid() if which < 0 else words[VICTIM]
+            if which < 0:
+                words[VICTIM] = os.getpid()
             child(thing, turn, journal, random.Random(seed), which)
-    victim = words[VICTIM] = pids[0]
+    victim = pids[0]
     delay = chance.choice([0, 50e-6, 500e-6, 3e-3]) * chance.random()
     until(lambda: words[TURNS] > 0 or kind == "barrier", STUCK)
     words[HOLD] = aimed
