@@ -284,7 +284,23 @@ class NotOwner(SyncError, RuntimeError):
 
 
 class Deadlock(SyncError):
-    """Waiting would never end: the caller waits for itself, perhaps around a corner."""
+    """Waiting would never end: the caller waits for itself, perhaps around a corner.
+
+    Attributes:
+        cycle: with `debug=True`, (pid, thread, lock) of each who waits for the next, the caller first.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        url: object = None,
+        operation: str | None = None,
+        hint: str | None = None,
+        cycle: tuple[tuple[int, int, str], ...] = (),
+    ) -> None:
+        super().__init__(message, url=url, operation=operation, hint=hint)
+        self.cycle = cycle
 
 
 class BrokenBarrier(SyncError, BrokenBarrierError):

@@ -20,6 +20,7 @@ class _Own(RLock):
 
     __slots__ = ()
     _kind = _home.CONDITION
+    _of = "Condition"
 
 
 class Condition(_native.Crowd):

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Self
 from .. import _native, errors
 from .._url import Url
 from . import _home
+from ._deadlock import Debugged
 from ._verdict import make_fail
 
 OnOwnerDied = Literal["raise", "take"]
@@ -59,21 +60,30 @@ class _Mutex(_native.Mutex):
 
     __slots__ = ("__weakref__", "_on_owner_died", "url")
     _kind = _home.LOCK
+    _of = "Lock"
     url: Url | None
     _on_owner_died: OnOwnerDied
 
     def __init_subclass__(cls) -> None:
         _native.own_methods(cls)
 
-    def __new__(cls, url: str | Url | None = None, *, on_owner_died: OnOwnerDied = "raise") -> Self:
+    def __new__(
+        cls, url: str | Url | None = None, *, on_owner_died: OnOwnerDied = "raise", debug: bool = False
+    ) -> Self:
+        if debug:
+            cls = cls._debugged()
         name = _home.name_of(url)
         return cls._from_fd(_home.opened(name, cls._kind), name, on_owner_died)
+
+    @classmethod
+    def _debugged(cls) -> type[Self]:
+        raise NotImplementedError
 
     @classmethod
     def _from_fd(cls, fd: int, url: Url | None, on_owner_died: OnOwnerDied) -> Self:
         if on_owner_died not in ("raise", "take"):
             raise errors.BadOption(f"on_owner_died is 'raise' or 'take', not {on_owner_died!r}", url=url)
-        fail = make_fail(url, cls.__name__)
+        fail = make_fail(url, cls._of)
         make = super().__new__
         self: Self = _home.build(lambda fd: make(cls, fd, cls._kind, fail, on_owner_died == "take"), fd, url)
         self.url = url
@@ -115,7 +125,7 @@ class _Mutex(_native.Mutex):
     def __repr__(self) -> str:
         owner = self.owner()
         state = "abandoned" if self.abandoned else "free" if owner is None else f"held by process {owner.pid}"
-        return f"<{type(self).__name__} {self.url or 'anonymous'}: {state}>"
+        return f"<{self._of} {self.url or 'anonymous'}: {state}>"
 
 
 def _reopen(cls: type[_Mutex], url: str, on_owner_died: OnOwnerDied) -> _Mutex:
@@ -132,10 +142,22 @@ class Lock(_Mutex):
     Args:
         url: `shm://name`, or None: inherited by forked children, and passed to others as an argument of Process.
         on_owner_died: "raise", or "take" for data that a half-done update cannot hurt.
+        debug: raise Deadlock, with the cycle, where threads or processes wait for each other: among locks that all have it. Slower
+            when it has to wait.
 
     `acquire(block=True, timeout=None)` (seconds) returns whether it got it; Ctrl-C ends the wait. Raises OwnerDied; Deadlock
     where the thread holds it already and would wait for ever; ResourceLimit. `release()` raises NotOwner.
     """
+
+    __slots__ = ()
+
+    @classmethod
+    def _debugged(cls) -> type[Any]:
+        return cls if issubclass(cls, Debugged) else DebuggedLock
+
+
+class DebuggedLock(Debugged, Lock):
+    """What `Lock(debug=True)` is."""
 
     __slots__ = ()
 
@@ -145,3 +167,14 @@ class RLock(_Mutex):
 
     __slots__ = ()
     _kind = _home.RLOCK
+    _of = "RLock"
+
+    @classmethod
+    def _debugged(cls) -> type[Any]:
+        return cls if issubclass(cls, Debugged) else DebuggedRLock
+
+
+class DebuggedRLock(Debugged, RLock):
+    """What `RLock(debug=True)` is."""
+
+    __slots__ = ()

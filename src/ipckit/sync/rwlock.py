@@ -8,6 +8,7 @@ from typing import Any, Self
 from .. import _native, errors
 from .._url import Url
 from . import _home
+from ._deadlock import Waiting, patiently
 from ._verdict import INHERITED, READ, REPAIR, WAIT, WRITE, make_fail
 from .lock import Owner
 
@@ -23,7 +24,14 @@ class _Side:
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Whether it got in within `timeout` seconds. Raises OwnerDied, Deadlock, ResourceLimit."""
-        return self._lock._enter(self._role, "acquire", block, timeout)[0] != WAIT
+        lock = self._lock
+
+        def take(block: bool, timeout: float | None = None) -> bool:
+            return lock._enter(self._role, "acquire", block, timeout)[0] != WAIT
+
+        if not (block and lock._debug):
+            return take(block, timeout)
+        return patiently(take, Waiting(f"RWLock {lock.url or 'anonymous'}", lock.url, lock.owners), timeout)
 
     def release(self) -> None:
         """Raises NotOwner."""
@@ -66,20 +74,22 @@ class RWLock(_native.Crowd):
 
     Args:
         url: `shm://name`, or None: passed to children.
+        debug: as of a `Lock`; who waits with it is not kept in order.
     """
 
-    __slots__ = ("__weakref__", "url")
+    __slots__ = ("__weakref__", "_debug", "url")
     url: Url | None
+    _debug: bool
 
-    def __new__(cls, url: str | Url | None = None) -> Self:
+    def __new__(cls, url: str | Url | None = None, *, debug: bool = False) -> Self:
         name = _home.name_of(url)
-        return cls._from_fd(_home.opened(name, _home.RWLOCK), name)
+        return cls._from_fd(_home.opened(name, _home.RWLOCK), name, debug)
 
     @classmethod
-    def _from_fd(cls, fd: int, url: Url | None) -> Self:
+    def _from_fd(cls, fd: int, url: Url | None, debug: bool) -> Self:
         make, fail = super().__new__, make_fail(url, "RWLock")
         self: Self = _home.build(lambda fd: make(cls, fd, _home.RWLOCK, fail), fd, url)
-        self.url = url
+        self.url, self._debug = url, debug
         return self
 
     @property
@@ -109,10 +119,14 @@ class RWLock(_native.Crowd):
 
     def __reduce__(self) -> Any:
         if self.url is not None:
-            return type(self), (self.url.reveal(),)
-        return _home.rebuild, (type(self), _home.Passed(self, self._fd), None)
+            return _reopen, (type(self), self.url.reveal(), self._debug)
+        return _home.rebuild, (type(self), _home.Passed(self, self._fd), None, self._debug)
 
     def __repr__(self) -> str:
         readers, writers = self._count(READ, False), self._count(WRITE, False)
         state = "abandoned" if self.abandoned else "written" if writers else f"{readers} readers"
         return f"<RWLock {self.url or 'anonymous'}: {state}>"
+
+
+def _reopen(cls: type[RWLock], url: str, debug: bool) -> RWLock:
+    return cls(url, debug=debug)
