@@ -2,17 +2,17 @@
 
     python tests/crash/sync_kill.py --kind mutex --count 500 --seed 1
 
-Each round forks a victim and two survivors, who take turns at one object without a pause; this process kills the victim: `count` times
-while it holds (is inside, or waits at the barrier), and a quarter as often blindly, at any instant of acquiring and releasing. What
-must hold:
+Each round forks a victim and two survivors, who take turns at one object without a pause; this process kills the victim: `count`
+times while it holds (is inside, or waits at the barrier), and a quarter as often blindly, at any instant of acquiring and releasing.
+What must hold:
 
     nobody is let in twice      whoever is inside alone writes its pid into shared memory, and finds it there when it leaves
     everybody is told           each survivor hears OwnerDied (BrokenBarrier) or is let in, within 50 ms where it has a processor
     nobody is stuck             every turn ends, and some more after the kill
     nothing is left             descriptors
 
-The seed fixes kinds of turns and instants as planned; the scheduler adds what it likes. What is killed at each numbered step of the
-native code is in tests/native/test_lock.c.
+The seed fixes kinds of turns and instants as planned; the scheduler adds what it likes. Kills at each numbered step of the native
+code are in tests/native/test_lock.c.
 """
 
 from __future__ import annotations
@@ -213,8 +213,9 @@ class Report:
     def __str__(self) -> str:
         worst = sorted(self.latencies) or [0.0]
         return (
-            f"{self.kind}: {self.rounds} kills, {self.held} of a holder; {len(self.latencies)} survivors told, or in, after median "
-            f"{statistics.median(worst) * 1e3:.2f} ms, worst {worst[-1] * 1e3:.2f} ms, {self.late} later than {BOUND * 1e3:.0f} ms; "
+            f"{self.kind}: {self.rounds} kills, {self.held} of a holder; {len(self.latencies)} survivors told, or in, "
+            f"after median {statistics.median(worst) * 1e3:.2f} ms, worst {worst[-1] * 1e3:.2f} ms, "
+            f"{self.late} later than {BOUND * 1e3:.0f} ms; "
             f"faults: {len(self.faults)}"
         )
 

@@ -2,8 +2,8 @@
 
     <memory_dir>/waits/<tid>     what a waiting thread waits for, who holds it, since when it waits, how often it has looked
 
-A cycle is reported only if it is one. Its members are read twice: each still waits since the same moment, so it has let go of nothing,
-and each has looked again in between at who holds what it waits for. Of the members, the one that began to wait last raises.
+A cycle is reported only if it is one. Its members are read twice: each still waits since the same moment, so it has let go of
+nothing, and each has looked again in between at who holds what it waits for. Of the members, the one that began last raises.
 Locks without `debug` are seen as held, but who waits for one of those is not seen waiting.
 """
 
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .. import errors
@@ -37,11 +36,15 @@ class Wait(NamedTuple):
     what: str
     owners: tuple[int, ...]  # threads
 
-    def __str__(self) -> str:
-        return f"thread {self.tid} of process {self.pid} waits for the {self.what}"
-
 
 Cycle = tuple[Wait, ...]
+
+
+def _told(cycle: Cycle) -> str:
+    around = [*(f"thread {one.tid} of process {one.pid}" for one in cycle[1:]), "this thread"]
+    return "this thread" + ", which".join(
+        f" waits for the {one.what}, held by {holder}" for one, holder in zip(cycle, around, strict=True)
+    )
 
 
 class Waiting:
@@ -72,17 +75,18 @@ class Waiting:
         before = {member.tid: member for member in self._suspected}
         if [(member.tid, member.began) for member in cycle] != [(m.tid, m.began) for m in self._suspected]:
             self._suspected = cycle
-        elif cycle and all(member.looks > before[member.tid].looks for member in cycle):
-            if mine.began == max((member.began, member.tid) for member in cycle)[0]:
-                raise errors.Deadlock(
-                    ", which ".join(f"{member} held by the next" for member in cycle).replace(
-                        "thread", "this thread", 1
-                    ),
-                    url=self._url,
-                    operation="acquire",
-                    hint="take locks in one order everywhere",
-                    cycle=tuple((member.pid, member.tid, member.what) for member in cycle),
-                )
+        elif (
+            cycle
+            and all(member.looks > before[member.tid].looks for member in cycle)
+            and (mine.began, mine.tid) == max((member.began, member.tid) for member in cycle)
+        ):
+            raise errors.Deadlock(
+                _told(cycle),
+                url=self._url,
+                operation="acquire",
+                hint="take locks in one order everywhere",
+                cycle=tuple((member.pid, member.tid, member.what) for member in cycle),
+            )
 
     def _announce(self, mine: Wait) -> None:
         """Whole or not at all: written aside and renamed."""
@@ -145,11 +149,6 @@ class Debugged:
     def __enter__(self: Any) -> Any:
         self.acquire()
         return self
-
-    def __exit__(
-        self: Any, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[misc]
 
 
 def _one(owner: Any) -> tuple[Any, ...]:

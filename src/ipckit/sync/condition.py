@@ -26,8 +26,8 @@ class _Own(RLock):
 class Condition(_native.Crowd):
     """A condition variable between threads and processes, with its lock.
 
-    A waiter that dies costs nothing: a notification that it can no longer act on goes to the next. If one dies that holds the lock,
-    `wait` raises OwnerDied, without it, in everyone who waits; `with condition:` knows that there is nothing to release then.
+    A waiter that dies costs nothing: a notification that it can no longer act on goes to the next. If one dies that holds the
+    lock, `wait` raises OwnerDied, without it, in everyone who waits; `with condition:` knows that there is nothing to release then.
 
     Args:
         lock: a Lock or RLock of ipckit; None: an RLock of its own. Under a name, all must give the same.

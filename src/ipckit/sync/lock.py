@@ -142,8 +142,8 @@ class Lock(_Mutex):
     Args:
         url: `shm://name`, or None: inherited by forked children, and passed to others as an argument of Process.
         on_owner_died: "raise", or "take" for data that a half-done update cannot hurt.
-        debug: raise Deadlock, with the cycle, where threads or processes wait for each other: among locks that all have it. Slower
-            when it has to wait.
+        debug: raise Deadlock, with the cycle, where threads or processes wait for each other, among locks that all have it.
+            Slower when it has to wait.
 
     `acquire(block=True, timeout=None)` (seconds) returns whether it got it; Ctrl-C ends the wait. Raises OwnerDied; Deadlock
     where the thread holds it already and would wait for ever; ResourceLimit. `release()` raises NotOwner.
