@@ -3,7 +3,7 @@
     python tests/crash/sync_kill.py --kind mutex --count 500 --seed 1
 
 Each round forks a victim and two survivors, who take turns at one object without a pause; this process kills the victim: `count`
-times while it holds (is inside, or waits at the barrier), and a quarter as often blindly, at any instant of acquiring and releasing.
+times while it holds (is inside, or waits at the barrier), and a quarter as often blindly, at any instant of taking turns.
 What must hold:
 
     nobody is let in twice      whoever is inside alone writes its pid into shared memory, and finds it there when it leaves

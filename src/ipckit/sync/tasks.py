@@ -244,7 +244,8 @@ class RLock(Lock):
         self._holder, self._depth = asyncio.current_task(), depth
 
     def _is_owned(self) -> bool:
-        return self._holder is not None and self._holder is asyncio.current_task() and bool(self._core._is_owned())
+        # The lock first: a forked child has no running loop, and so no task to ask for.
+        return bool(self._core._is_owned()) and self._holder is not None and self._holder is asyncio.current_task()
 
 
 class Semaphore(_Waits):

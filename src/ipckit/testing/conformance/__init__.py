@@ -25,6 +25,7 @@ for _name in (
     "pubsub",
     "rpc",
     "_services",
+    "sync",
 ):
     pytest.register_assert_rewrite(f"{__name__}.{_name}")
 
@@ -34,3 +35,6 @@ from .queue import QueueContract  # noqa: E402
 from .rpc import RpcContract  # noqa: E402
 
 __all__ = ["ChannelContract", "PubSubContract", "QueueContract", "RpcContract", "broker", "free_port"]
+from .sync import SyncContract  # noqa: E402
+
+__all__ = ["ChannelContract", "PubSubContract", "QueueContract", "SyncContract", "broker", "free_port"]
