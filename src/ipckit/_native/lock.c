@@ -227,7 +227,9 @@ bool mutex_mine(struct mutex *m)
 
 bool mutex_abandoned(struct mutex *m)
 {
-    return atomic_load_explicit(&m->own.word, memory_order_acquire) & OWNER_DIED;
+    /* The witness as well: the kernel marks it first, and wakes who sleeps there before it has come to the mutex. */
+    return (atomic_load_explicit(&m->own.word, memory_order_acquire) |
+            atomic_load_explicit(&witness_of(m)->word, memory_order_acquire)) & OWNER_DIED;
 }
 
 void mutex_watch(struct mutex *m)

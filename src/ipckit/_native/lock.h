@@ -97,6 +97,7 @@ void mutex_give_up(struct mutex *m, struct attempt *attempt);
 /* Release; `abandon`: leave it abandoned. NOT_MINE unless this thread owns it. */
 enum verdict mutex_release(struct mutex *m, bool abandon);
 bool mutex_mine(struct mutex *m);
+/* For one who waits for a Condition over it. */
 bool mutex_abandoned(struct mutex *m);
 /* Somebody is about to wait for a Condition over it. */
 void mutex_watch(struct mutex *m);

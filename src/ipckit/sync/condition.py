@@ -27,7 +27,7 @@ class Condition(_native.Crowd):
     """A condition variable between threads and processes, with its lock.
 
     A waiter that dies costs nothing: a notification that it can no longer act on goes to the next. If one dies that holds the
-    lock, `wait` raises OwnerDied, without it, in everyone who waits; `with condition:` knows that there is nothing left to release.
+    lock, `wait` raises OwnerDied, without it, in everyone who waits; `with condition:` knows that nothing is left to release.
 
     Args:
         lock: a Lock or RLock of ipckit; None: an RLock of its own. Under a name, all must give the same.

@@ -1,5 +1,5 @@
-"""`SyncContract`: what every primitive of `ipckit.sync` and `ipckit.aio` promises; a contract for each, against a party in a thread, and in
-a forked, a spawned and a fork server's process.
+"""`SyncContract`: what every primitive of `ipckit.sync` and `ipckit.aio` promises, against a party in a thread, and in a forked,
+a spawned and a fork server's process.
 
     from ipckit.testing.conformance import SyncContract
 
@@ -221,9 +221,8 @@ class SyncContract:
         third.call("x.release")
         assert not here.call("x.abandoned")
 
-    @pytest.mark.parametrize("kind", MUTEXES)
-    def test_on_owner_died_take(self, kind: str, here: Seat, there: Seat, url: str) -> None:
-        self.share(kind, url=url, on_owner_died="take", seats=(here, there))
+    def test_on_owner_died_take(self, here: Seat, there: Seat, url: str) -> None:
+        self.share("Lock", url=url, on_owner_died="take", seats=(here, there))
         there.call("x.acquire")
         waiting = here.start("call", "x.acquire")
         there.die()
@@ -258,10 +257,12 @@ class SyncContract:
         told = next(one for one, each in crossing.items() if each.done())
         with pytest.raises(errors.Deadlock):
             crossing[told].result()
-        told.call("a.release" if told is here else path.replace("acquire", "release"))
-        assert crossing[there if told is here else here].result(HANG) is True
-        for one in (here, there):
-            one.die()  # with what it holds
+        mine, theirs = "a.release", path.replace("acquire", "release")
+        told.call(mine if told is here else theirs)
+        other = there if told is here else here
+        assert crossing[other].result(HANG) is True
+        other.call(mine)
+        other.call(theirs)
 
     # -- Semaphore ---------------------------------------------------------------------------------------------------
 
@@ -509,23 +510,11 @@ class SyncContract:
 
 def _mutex(make: Any) -> list[Any]:
     lock = make()
-    did = [
-        lock.acquire(),
-        lock.release(),
-        lock.acquire(True),
-        lock.release(),
-        lock.acquire(block=True, timeout=1),
-        lock.release(),
-    ]
+    did = [lock.acquire(), lock.release(), lock.acquire(True), lock.release(), lock.acquire(block=True, timeout=1)]
+    did += [_elsewhere(lambda: lock.acquire(False)), _elsewhere(lambda: lock.acquire(True, 0.01)), lock.release()]
     with lock:
-        did.append("inside")
-    did += [
-        _elsewhere(lambda: lock.acquire(False)),
-        lock.acquire(False, None),
-        _elsewhere(lambda: lock.acquire(True, 0.01)),
-    ]
-    lock.release()
-    return did
+        did.append(_elsewhere(lambda: lock.acquire(False, None)))
+    return [*did, lock.acquire(False), lock.release()]
 
 
 def _semaphore(make: Any) -> list[Any]:
