@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -25,7 +26,7 @@ void (*step_hook)(int number);
 #define SLEEP_NS INT64_C(1000000000)
 #endif
 
-_Thread_local struct self self_;
+_Thread_local struct self *self_;
 unsigned self_forks = 1;
 
 /* -- this thread ---------------------------------------------------------------------------------------------------- */
@@ -35,27 +36,44 @@ static void count_fork(void)
     self_forks++;
 }
 
-static void hear_of_forks(void)
+static pthread_key_t ends; /* of a thread that was looked up */
+
+static void forget(void *me)
+{
+    self_ = NULL;
+    free(me);
+}
+
+static void at_first(void)
 {
     pthread_atfork(NULL, NULL, count_fork);
+    pthread_key_create(&ends, forget);
 }
 
 struct self *self_look(void)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, hear_of_forks);
+    pthread_once(&once, at_first);
     struct robust_list_head *head = NULL;
     size_t size = 0;
     /* The head is the C library's: one for each thread, and no thread can have two. So we join its list, whose form is the kernel's. */
     if (syscall(SYS_get_robust_list, 0, &head, &size) != 0 || head == NULL || size != sizeof *head ||
         head->futex_offset != -(long)offsetof(struct robust_word, next))
         return NULL;
-    self_.head = head;
-    self_.tid = (uint32_t)syscall(SYS_gettid);
-    self_.pid = (uint32_t)getpid();
-    self_.count = 0;
-    self_.forks = self_forks;
-    return &self_;
+    if (!self_) {
+        struct self *fresh = calloc(1, sizeof *fresh);
+        if (!fresh || pthread_setspecific(ends, fresh) != 0) {
+            free(fresh);
+            return NULL;
+        }
+        self_ = fresh;
+    }
+    self_->head = head;
+    self_->tid = (uint32_t)syscall(SYS_gettid);
+    self_->pid = (uint32_t)getpid();
+    self_->count = 0;
+    self_->forks = self_forks;
+    return self_;
 }
 
 int64_t clock_ns(void)

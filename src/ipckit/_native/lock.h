@@ -80,12 +80,15 @@ struct self {
     } held[256];
 };
 
-extern _Thread_local struct self self_;
+/* A pointer, because there is little room for thread-local data that a loaded library reaches without a function call. It is freed
+ * when the thread ends, after the last code that could take a lock. */
+extern _Thread_local struct self *self_ __attribute__((tls_model("initial-exec")));
 extern unsigned self_forks;
 struct self *self_look(void); /* NULL: no robust futexes here */
 static inline struct self *self_here(void)
 {
-    return __builtin_expect(self_.forks == self_forks, 1) ? &self_ : self_look();
+    struct self *me = self_;
+    return __builtin_expect(me && me->forks == self_forks, 1) ? me : self_look();
 }
 
 /* Take the word: WAIT if it is owned. Fills `naps` if given. */
