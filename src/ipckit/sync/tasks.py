@@ -1,7 +1,7 @@
 """The primitives for tasks of an event loop: `ipckit.aio.Lock` and its kin. What waits is awaited; what never waits is not.
 
 A task tries on the loop's thread; where it must wait, a thread of the native core sleeps on the futexes for it and writes to an
-eventfd, which the loop awaits as it awaits any endpoint (py_attempt.c; docs/adr/0032). Cancelling gives the attempt up: what it
+eventfd, which the loop awaits as it awaits any endpoint (py_attempt.c; docs/adr/0021). Cancelling gives the attempt up: what it
 was let into at that very moment is given back.
 
 To other processes the owner is the loop's thread, so tasks of one loop may give back what another of them took, as with asyncio's

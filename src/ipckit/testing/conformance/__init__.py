@@ -33,8 +33,6 @@ from .channel import ChannelContract, broker, free_port  # noqa: E402 - the rewr
 from .pubsub import PubSubContract  # noqa: E402
 from .queue import QueueContract  # noqa: E402
 from .rpc import RpcContract  # noqa: E402
-
-__all__ = ["ChannelContract", "PubSubContract", "QueueContract", "RpcContract", "broker", "free_port"]
 from .sync import SyncContract  # noqa: E402
 
-__all__ = ["ChannelContract", "PubSubContract", "QueueContract", "SyncContract", "broker", "free_port"]
+__all__ = ["ChannelContract", "PubSubContract", "QueueContract", "RpcContract", "SyncContract", "broker", "free_port"]
