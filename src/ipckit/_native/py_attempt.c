@@ -19,6 +19,7 @@
 struct sleeper {
     struct sleeper *next_idle;
     struct naps naps;
+    struct mapping *kept[2];  /* where the naps' words are */
     int bell;                 /* eventfd; a copy of ours, so the caller may close its own */
     _Atomic uint32_t over;    /* 0: sleep; 1: nobody waits for it any more */
     _Atomic uint32_t work;    /* counts what it was given */
@@ -70,6 +71,8 @@ static void *sleeper_main(void *argument)
                 ;
         own_wait(&s->over, 0);
         nap_forget(me);
+        mapping_drop(s->kept[0]);
+        mapping_drop(s->kept[1]);
         close(s->bell);
     } while (park(s));
     free(s);
@@ -128,6 +131,7 @@ typedef struct {
     struct sleeper *sleeper;
     int verdict; /* of the last poll */
     unsigned forks;
+    uint32_t tid; /* of the thread that made it */
 } Attempt;
 
 static PyObject *the_type; /* abi3 modules have no state that a function without a module could reach */
@@ -148,6 +152,8 @@ PyObject *attempt_new(SyncObject *sync, enum claim claim, int role, PyObject *lo
     self->attempt = (struct attempt){.claim = claim, .task = true, .lock = watched};
     self->verdict = WAIT;
     self->forks = fork_generation;
+    struct self *me = self_here();
+    self->tid = me ? me->tid : 0;
     return (PyObject *)self;
 }
 
@@ -205,6 +211,8 @@ static PyObject *attempt_arm(PyObject *object, PyObject *fd)
         return NULL;
     }
     s->naps = self->naps;
+    s->kept[0] = mapping_keep(self->sync->map);
+    s->kept[1] = self->lock ? mapping_keep(((SyncObject *)self->lock)->map) : NULL;
     s->bell = own;
     atomic_store_explicit(&s->over, 0, memory_order_relaxed);
     self->sleeper = s;
@@ -279,7 +287,10 @@ static void attempt_dealloc(PyObject *object)
 {
     Attempt *self = (Attempt *)object;
     PyTypeObject *type = Py_TYPE(object);
-    if (self->sleeper)
+    struct self *me = self_here();
+    /* A listener has its slot before it is armed. Only its own thread can take it off its list. */
+    bool seated = self->verdict == WAIT && self->attempt.slot > 0 && me && me->tid == self->tid;
+    if (self->forks == fork_generation && (self->sleeper || seated))
         Py_XDECREF(attempt_give_up(object, NULL));
     Py_CLEAR(self->sync);
     Py_CLEAR(self->lock);

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -107,18 +108,29 @@ PyObject *sync_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    SyncObject *self = (SyncObject *)allocate(type, 0);
+    struct mapping *map = malloc(sizeof *map);
+    SyncObject *self = map ? (SyncObject *)allocate(type, 0) : NULL;
     if (!self) {
+        free(map);
         munmap(o, size);
-        return NULL;
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
     }
+    *map = (struct mapping){1, o, size};
     self->o = o;
-    self->size = size;
+    self->map = map;
     self->fd = fd;
     self->fail = Py_NewRef(fail);
     self->take = take;
     self->recursive = o->header.kind == SYNC_RLOCK || o->header.kind == SYNC_CONDITION;
     return (PyObject *)self;
+}
+
+void mapping_drop(struct mapping *map)
+{
+    if (map && atomic_fetch_sub_explicit(&map->users, 1, memory_order_acq_rel) == 1) {
+        munmap(map->o, map->size);
+        free(map);
+    }
 }
 
 int sync_traverse(PyObject *object, visitproc visit, void *arg)
@@ -157,8 +169,8 @@ void sync_dealloc(PyObject *object)
     SyncObject *self = (SyncObject *)object;
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
-    if (self->o && !in_use(self->o, self->size))
-        munmap(self->o, self->size);
+    if (self->o && !in_use(self->o, self->map->size))
+        mapping_drop(self->map);
     if (self->o)
         close(self->fd);
     sync_clear(object);

@@ -11,10 +11,23 @@
 
 #include "crowd.h"
 
+/* A sleeper may look at the words once more when nobody waits for it: the memory stays until the last is done with it. */
+struct mapping {
+    _Atomic unsigned users;
+    struct sync_object *o;
+    size_t size;
+};
+static inline struct mapping *mapping_keep(struct mapping *map)
+{
+    atomic_fetch_add_explicit(&map->users, 1, memory_order_relaxed);
+    return map;
+}
+void mapping_drop(struct mapping *map);
+
 typedef struct {
     PyObject_HEAD
     struct sync_object *o;
-    size_t size;
+    struct mapping *map;
     int fd;         /* ours: held open for its flock, and to pass on */
     PyObject *fail; /* (verdict, operation, pid of the last owner) -> exception */
     bool take;      /* Mutex: what a dead owner held is simply taken */
