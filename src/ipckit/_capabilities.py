@@ -43,6 +43,7 @@ class Capabilities:
     consumer_groups: bool = False
     replay: bool = False
     native_topics: bool = False
+    locks: bool = False  # `ipckit.sync.Lock(url)`: leases with fencing tokens
 
     # Whom one talks to.
     cross_process: bool = True  # the two may be different processes

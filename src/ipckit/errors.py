@@ -303,6 +303,26 @@ class Deadlock(SyncError):
         self.cycle = cycle
 
 
+class LeaseLost(SyncError):
+    """The lease ran out, or the broker forgot it, while the lock was held: somebody else may have it since.
+
+    Attributes:
+        token: the fencing token of the hold that was lost. What checks tokens has let nothing of it in after its successor.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        url: object = None,
+        operation: str | None = None,
+        hint: str | None = None,
+        token: int | None = None,
+    ) -> None:
+        super().__init__(message, url=url, operation=operation, hint=hint)
+        self.token = token
+
+
 class BrokenBarrier(SyncError, BrokenBarrierError):
     """A party died, gave up or aborted: nobody can pass until somebody calls `reset()`."""
 

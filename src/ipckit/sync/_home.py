@@ -27,6 +27,7 @@ from ..transports._owner import fresh_name
 from ..transports._runtime import memory_dir
 
 LOCK, RLOCK, SEMAPHORE, BOUNDED, LEASED, RWLOCK, CONDITION, EVENT, BARRIER = range(1, 10)  # sync_layout.h
+SCHEME = "shm"
 SUFFIX = ".sync"
 
 
@@ -35,9 +36,9 @@ def name_of(url: str | Url | None) -> Url | None:
     if url is None:
         return None
     parsed = parse(url)
-    if parsed.scheme != "shm":
+    if parsed.scheme != SCHEME:
         raise errors.UnknownScheme(
-            f"no synchronisation object lives at {parsed.scheme}://", url=parsed, hint="for example shm://orders-lock"
+            f"no such object lives at {parsed.scheme}://", url=parsed, hint=f"for example {SCHEME}://orders-lock"
         )
     if parsed.options:
         raise errors.BadOption(f"there is no option {parsed.options[0][0]!r} here", url=parsed)

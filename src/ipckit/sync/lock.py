@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from .. import _native, errors
 from .._url import Url
-from . import _home
+from . import _home, _places
 from ._deadlock import Debugged
 from ._verdict import make_fail
 
@@ -140,7 +140,8 @@ class Lock(_Mutex):
     gets it.
 
     Args:
-        url: `shm://name`, or None: inherited by forked children, and passed to others as an argument of Process.
+        url: `shm://name`; None: inherited by forked children, and passed to others as an argument of Process; or that of a
+            broker (`redis://host/name`, `nats://host/bucket/name`): then it is a `leased.LeasedLock`, which see.
         on_owner_died: "raise", or "take" for data that a half-done update cannot hurt.
         debug: raise Deadlock, with the cycle, where threads or processes wait for each other, among locks that all have it.
             Slower when it has to wait.
@@ -150,6 +151,15 @@ class Lock(_Mutex):
     """
 
     __slots__ = ()
+
+    def __new__(
+        cls, url: str | Url | None = None, *, on_owner_died: OnOwnerDied = "raise", debug: bool = False
+    ) -> Self:
+        elsewhere = _places.lock(url)
+        if elsewhere is not None:
+            made: Self = elsewhere.LeasedLock(url)
+            return made
+        return super().__new__(cls, url, on_owner_died=on_owner_died, debug=debug)
 
     @classmethod
     def _debugged(cls) -> type[Any]:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from .. import _native
 from .._url import Url
-from . import _home
+from . import _home, _places
 from ._verdict import UNIT, WAIT, make_fail
 
 _MOST = 2**31 - 1
@@ -22,6 +22,10 @@ class _Semaphore(_native.Crowd):
     def __new__(cls, value: int = 1, url: str | Url | None = None, *, leased: bool = False) -> Self:
         if not 0 <= value <= _MOST:
             raise ValueError(f"semaphore initial value must be from 0 to {_MOST}")
+        elsewhere = _places.semaphore(url)
+        if elsewhere is not None:
+            made: Self = elsewhere.semaphore(value, url, bounded=cls._bounded, leased=leased)
+            return made
         name = _home.name_of(url)
         return cls._from_fd(_home.opened(name, cls._kind_of(leased), value, value), name, value, leased)
 
@@ -85,7 +89,8 @@ class Semaphore(_Semaphore):
 
     Args:
         value: how many there are at first; the maker's counts.
-        url: `shm://name`, or None: passed to children.
+        url: `shm://name`; None: passed to children; `posix+sem://name`: a semaphore of the operating system, shared with
+            programs in any language (see `ipckit.sync.posix`).
         leased: a unit belongs to the thread that took it, which alone can give it back, and comes back when that ends, however.
 
     A semaphore that is not leased has no owners, as everywhere: a unit that a killed process had is gone.

@@ -22,7 +22,7 @@ from .. import errors
 from .._spi import Steps, Wait
 from .._url import Url
 from .._wait import Gate, Lane, arun
-from . import barrier, condition, event, lock, rwlock, semaphore
+from . import _places, barrier, condition, event, lock, rwlock, semaphore
 from ._verdict import DONE, INHERITED, LISTENER, OUT, PARTY, PLAIN, READ, RECOVER, REPAIR, UNIT, WRITE
 
 T = TypeVar("T")
@@ -116,6 +116,13 @@ class Lock(_Waits):
 
     __slots__ = ("_inherited",)
     _kind: type[lock.Lock] | type[lock.RLock] = lock.Lock
+
+    def __new__(cls, url: str | Url | None = None, *, on_owner_died: lock.OnOwnerDied = "raise") -> Self:
+        elsewhere = _places.lock(url) if cls._kind is lock.Lock else None
+        if elsewhere is not None:
+            made: Self = elsewhere.AsyncLeasedLock(url)
+            return made
+        return super().__new__(cls)
 
     def __init__(self, url: str | Url | None = None, *, on_owner_died: lock.OnOwnerDied = "raise") -> None:
         self._adopt(self._kind(url, on_owner_died=on_owner_died))

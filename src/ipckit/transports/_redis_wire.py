@@ -78,6 +78,9 @@ class Wire:
         self._handlers = deque[Handler | None]()
         self._out = deque[bytes | memoryview]()
         self.held = 0  # bytes in _out
+        self.pushed: Handler | None = (
+            None  # after HELLO 3: gets what the server says unasked, [b"message", channel, body]
+        )
         self._lost: errors.PeerError | None = None
 
     def tell(self, handler: Handler | None, *words: Word) -> None:
@@ -147,7 +150,10 @@ class Wire:
             self._reader.feed(data)
             try:
                 while (reply := self._reader.gets()) is not _UNFINISHED:
-                    handler = self._handlers.popleft()
+                    unasked = self.pushed is not None and isinstance(reply, hiredis.PushNotification)
+                    # That a subscription begins is pushed too, in the place of the reply that SUBSCRIBE does not have.
+                    unasked = unasked and reply[0] == b"message"
+                    handler = self.pushed if unasked else self._handlers.popleft()
                     if handler is not None:
                         handler(reply)
             except (hiredis.ProtocolError, IndexError) as error:
