@@ -47,8 +47,8 @@ def semaphore(url: str | Url | None) -> Any:
     return import_module(module, __package__)
 
 
-def lock(url: str | Url | None) -> Any:
-    """The module of the locks that brokers keep; None: we keep this one. Raises UnknownScheme, Unsupported."""
+def lock(url: str | Url | None, *, tasks: bool = False) -> Any:
+    """The class of locks that brokers keep, for threads or for tasks; None: we keep this one. Raises UnknownScheme, Unsupported."""
     if _is_here(url):
         return None
     where = parse(url or "")
@@ -57,4 +57,10 @@ def lock(url: str | Url | None) -> Any:
         raise errors.Unsupported(
             "this transport keeps no locks", url=where, hint="`ipckit.capabilities(url).locks` says which do"
         )
-    return import_module(".leased", __package__)
+    if tasks:
+        from .leasedtasks import AsyncLeasedLock
+
+        return AsyncLeasedLock
+    from .leased import LeasedLock
+
+    return LeasedLock

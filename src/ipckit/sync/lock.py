@@ -157,7 +157,7 @@ class Lock(_Mutex):
     ) -> Self:
         elsewhere = _places.lock(url)
         if elsewhere is not None:
-            made: Self = elsewhere.LeasedLock(url)
+            made: Self = elsewhere(url)
             return made
         return super().__new__(cls, url, on_owner_died=on_owner_died, debug=debug)
 

@@ -118,9 +118,9 @@ class Lock(_Waits):
     _kind: type[lock.Lock] | type[lock.RLock] = lock.Lock
 
     def __new__(cls, url: str | Url | None = None, *, on_owner_died: lock.OnOwnerDied = "raise") -> Self:
-        elsewhere = _places.lock(url) if cls._kind is lock.Lock else None
+        elsewhere = _places.lock(url, tasks=True) if cls._kind is lock.Lock else None
         if elsewhere is not None:
-            made: Self = elsewhere.AsyncLeasedLock(url)
+            made: Self = elsewhere(url)
             return made
         return super().__new__(cls)
 

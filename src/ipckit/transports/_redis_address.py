@@ -12,7 +12,7 @@ is made again after a failover leads to the new one.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import _options, errors
@@ -87,6 +87,18 @@ class Native:
 
     key: str
     address: Address
+
+
+def read_lock_address(url: Url, options: PlaceOptions) -> Address:
+    """Of a lock: the database may be left out, and then it is 0. Raises BadUrl."""
+    if url.scheme == "redis+unix":
+        return read_address(url, options)
+    first = url.path[1:].partition("/")[0]
+    if first.isdecimal():
+        return read_address(url, options)  # which refuses a number alone: a name was forgotten
+    if not first:
+        raise errors.BadUrl("the lock has no name", url=url, hint=f"{url.scheme}://127.0.0.1:6379/name")
+    return replace(read_address(replace(url, path=f"/0{url.path}"), options), url=url)
 
 
 def read_address(url: Url, options: PlaceOptions) -> Address:

@@ -24,7 +24,7 @@ class Script(NamedTuple):
     sha: str
 
 
-def _script(text: str) -> Script:
+def script(text: str) -> Script:
     text = "if redis.replicate_commands then redis.replicate_commands() end\n" + text.strip() + "\n"
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
@@ -49,7 +49,7 @@ local oldest = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)
 if not redis.call('SET', KEYS[2], 1, 'PX', {dedup}, 'NX') then return 0 end
 """
     number = "'n', redis.call('INCR', KEYS[3]), " if counted else ""
-    return _script(f"""{mark}{age}
+    return script(f"""{mark}{age}
 local added = redis.pcall('XADD', KEYS[1], {trim}'*', {number}unpack(ARGV))
 if type(added) == 'table' and added.err then
   redis.call('DEL', KEYS[2])
@@ -64,7 +64,7 @@ return added
 #: number of consumers that are gone, each with its card, number of stale ones, each with its card (who registered again
 #: meanwhile is neither), number of entries of mine, them.
 #: Returns {{{id, fields, deliveries before}...}, buried, vanished, ms until the next is due or -1}.
-CLAIM = _script("""
+CLAIM = script("""
 local key, later, dead, readers = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local group, me = ARGV[1], ARGV[2]
 local room, claim, most = tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
@@ -143,7 +143,7 @@ return {taken, buried, vanished, due and math.max(tonumber(due) - now, 0) or -1}
 
 #: Give entries back, for later. KEYS stream, later; ARGV group, me, delay (ms), deliveries to take back (0, 1), ids.
 #: What is not ours any more is left alone.
-NACK = _script("""
+NACK = script("""
 local time = redis.call('TIME')
 local due = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[3])
 for i = 5, #ARGV do
@@ -159,7 +159,7 @@ return 0
 """)
 
 #: Begin the time of entries again. KEYS stream; ARGV group, me, ids. Returns those that are not ours any more.
-EXTEND = _script("""
+EXTEND = script("""
 local lost = {}
 for i = 3, #ARGV do
   local entry = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1)[1]
@@ -173,7 +173,7 @@ return lost
 """)
 
 #: Where a log ends. KEYS stream, count. Returns {id of the last entry, number of the last message}.
-TAIL = _script("""
+TAIL = script("""
 local found = redis.pcall('XINFO', 'STREAM', KEYS[1])
 local last = '0-0'
 if found.err then
@@ -185,7 +185,7 @@ return {last, tonumber(redis.call('GET', KEYS[2]) or 0)}
 """)
 
 #: Strike readers off, unless they have registered again meanwhile. KEYS readers; ARGV name, card, name, card...
-FORGET = _script("""
+FORGET = script("""
 for i = 1, #ARGV, 2 do
   if redis.call('HGET', KEYS[1], ARGV[i]) == ARGV[i + 1] then redis.call('HDEL', KEYS[1], ARGV[i]) end
 end

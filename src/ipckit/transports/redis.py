@@ -2,7 +2,7 @@
 
 Works with Redis 6.2 and later, and Valkey, alone or watched by Sentinels. Queues are one stream and consumer groups (`_redis_log`
 adds, `_redis_queue` receives), topics one stream that everybody reads (`_redis_topics`), calls one stream that the servers share
-(`_redis_calls`). This module has the channels.
+(`_redis_calls`), locks are leases (`_redis_lease`). This module has the channels.
 
 Each side of a channel makes one stream and reads it, the other writes it:
 
@@ -32,6 +32,9 @@ from .._spi import (
     Calls,
     Exchange,
     Intake,
+    Leases,
+    LeaseTerms,
+    Leasing,
     Link,
     Listener,
     Outlet,
@@ -47,7 +50,8 @@ from .._spi import (
 from .._url import Url
 from ..message import matches
 from . import _redis_calls, _rendezvous
-from ._redis_address import PlaceOptions, read_address
+from ._redis_address import PlaceOptions, read_address, read_lock_address
+from ._redis_lease import RedisLease
 from ._redis_log import MAX_LANES, Adding, QueueOptions, TopicOptions
 from ._redis_mail import Post, make_channel
 from ._redis_queue import GroupIntake
@@ -63,7 +67,9 @@ class RedisOptions(PlaceOptions):
     ttl: float = option(86400.0, _options.duration, "after which keys expire that nobody used")
 
 
-class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[TopicOptions], Calls[RedisOptions]):
+class RedisTransport(
+    Transport[RedisOptions], Queues[QueueOptions], Topics[TopicOptions], Calls[RedisOptions], Leases[PlaceOptions]
+):
     capabilities = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         durable=True,
@@ -72,6 +78,7 @@ class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[Topic
         consumer_groups=True,
         replay=True,
         native_topics=True,
+        locks=True,
         cross_machine=True,
         broker=True,
         death="lease",
@@ -85,6 +92,7 @@ class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[Topic
     options = RedisOptions
     queue_options = QueueOptions
     topic_options = TopicOptions
+    lease_options = PlaceOptions
     requires = ("redis", "hiredis")
     extra = "redis"
 
@@ -150,6 +158,11 @@ class RedisTransport(Transport[RedisOptions], Queues[QueueOptions], Topics[Topic
             intake = GroupIntake(address, options, _group(url, terms.group), wanted=wanted)
         yield from intake.open()
         return intake
+
+    def leasing(self, url: Url, options: PlaceOptions, terms: LeaseTerms) -> Steps[Leasing]:
+        lease = RedisLease(read_lock_address(url, options), terms)
+        yield from lease.open()
+        return lease
 
 
 def _group(url: Url, group: str) -> str:
