@@ -1,8 +1,8 @@
 """What one object knows of the lock that it has for the time of a lease, and the steps by which it gets and keeps it.
 
 `Lease` is the knowledge, without I/O: it goes by our own clock, and counts from *before* each request was sent, so it ends here
-before it ends at the broker. Once lost it stays lost: who was stopped for longer than the lease learns it from its own clock, whatever
-the broker would say. `Holding` are the verbs, as steps over a transport's `Leasing`; the shells are in `leased`.
+before it ends at the broker. Once lost it stays lost: who was stopped for longer than the lease learns it from its own clock,
+whatever the broker would say. `Holding` are the verbs, as steps over a transport's `Leasing`; the shells are in `leased`.
 """
 
 from __future__ import annotations

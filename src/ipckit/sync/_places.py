@@ -48,7 +48,10 @@ def semaphore(url: str | Url | None) -> Any:
 
 
 def lock(url: str | Url | None, *, tasks: bool = False) -> Any:
-    """The class of locks that brokers keep, for threads or for tasks; None: we keep this one. Raises UnknownScheme, Unsupported."""
+    """The class of locks that brokers keep, for threads or for tasks; None: we keep this one.
+
+    Raises: UnknownScheme, Unsupported.
+    """
     if _is_here(url):
         return None
     where = parse(url or "")

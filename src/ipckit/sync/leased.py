@@ -28,7 +28,7 @@ from typing import Any, Self
 from .. import errors
 from .._spi import Holder, Leasing, Steps
 from .._url import Url, parse
-from .._wait import Gate, Lane, arun, no_timeout, run
+from .._wait import Gate, Lane, no_timeout, run
 from . import _lease
 from ._lease import Holding, Lease
 

@@ -1,7 +1,7 @@
 """`ipckit.aio.Lock(url)` at a broker: the shell of `leased` for tasks.
 
-Tasks that share one object wait for its seat in turn; a hold is renewed by a task of its loop, which a timer starts when it is due. A
-loop that stands still renews nothing: then the lease runs out, and `lock.lost` says so.
+Tasks that share one object wait for its seat in turn; a hold is renewed by a task of its loop, which a timer starts when it is
+due. A loop that stands still renews nothing: then the lease runs out, and `lock.lost` says so.
 """
 
 from __future__ import annotations

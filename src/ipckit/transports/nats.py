@@ -16,7 +16,8 @@ waiting for it.
 
 Calls go to any number of servers of one name, which are a micro service to stock clients (`_nats_calls`).
 
-Queues and topics are JetStream's: `name` is a stream there, which outlives everybody (`_nats_queue`, `_nats_topics`).
+Queues and topics are JetStream's: `name` is a stream there, which outlives everybody (`_nats_queue`, `_nats_topics`). Locks are
+keys of its key-value store (`_nats_lease`).
 
 Whoever may publish in the account can speak on these subjects: give `ipckit.>` and `_INBOX.>` to those you trust.
 """
@@ -35,6 +36,9 @@ from .._spi import (
     Calls,
     Exchange,
     Intake,
+    Leases,
+    LeaseTerms,
+    Leasing,
     Link,
     Listener,
     Outlet,
@@ -52,6 +56,7 @@ from .._url import Url
 from . import _mail, _nats_calls, _nats_queue, _nats_topics, _natsclient, _rendezvous
 from . import _natswire as wire
 from ._jetstream import QueueOptions, TopicOptions
+from ._nats_lease import NatsLeaseOptions, open_lease
 from ._natsclient import Connection, NatsOptions, map_nats
 from ._natslink import Inbox, NatsLink, Outbox, Watch
 
@@ -66,7 +71,9 @@ class _Cut(errors.IpcError):
     """Whoever is connecting needs another connection."""
 
 
-class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOptions], Calls[NatsOptions]):
+class NatsTransport(
+    Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOptions], Calls[NatsOptions], Leases[NatsLeaseOptions]
+):
     capabilities: ClassVar[Capabilities] = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         durable=True,
@@ -75,6 +82,7 @@ class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOp
         consumer_groups=True,
         replay=True,
         native_topics=True,
+        locks=True,
         cross_machine=True,
         broker=True,
         death="lease",
@@ -86,6 +94,7 @@ class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOp
     options: ClassVar[type[Any]] = NatsOptions
     queue_options: ClassVar[type[Any]] = QueueOptions
     topic_options: ClassVar[type[Any]] = TopicOptions
+    lease_options: ClassVar[type[Any]] = NatsLeaseOptions
     requires: ClassVar[tuple[str, ...]] = ("nats",)
     extra: ClassVar[str | None] = "nats"
 
@@ -140,6 +149,9 @@ class NatsTransport(Transport[NatsOptions], Queues[QueueOptions], Topics[TopicOp
 
     def subscriber(self, url: Url, options: TopicOptions, terms: TopicTerms) -> Steps[Intake]:
         return _nats_topics.subscriber(url, options, terms)
+
+    def leasing(self, url: Url, options: NatsLeaseOptions, terms: LeaseTerms) -> Steps[Leasing]:
+        return open_lease(url, options, terms)
 
 
 def _name(url: Url) -> str:
