@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ipckit._spi import Grant
-from ipckit.sync._lease import DRIFT, Lease
+from ipckit.sync._lease import Lease
 
 LEASE = 10.0
+SLOW = 0.009  # a clock may run slower than the broker's by this: DRIFT is 1%
 OBJECTS = st.integers(0, 2)
-TIMES = st.just(0.0) | st.floats(0.0, 7.0)
+TIMES = st.sampled_from([0.0, 0.0, 0.0, 2.0, 7.0])
 
 
 class Broker:
@@ -41,7 +42,7 @@ class Broker:
 
 
 class Leases(RuleBasedStateMachine):
-    @initialize(rates=st.lists(st.floats(1 - DRIFT * 0.9, 1.05), min_size=3, max_size=3))
+    @initialize(rates=st.lists(st.sampled_from([1 - SLOW, 1.0, 1.05]), min_size=3, max_size=3))
     def begin(self, rates):
         self.broker = Broker()
         self.rates = rates
@@ -56,15 +57,18 @@ class Leases(RuleBasedStateMachine):
     def wait(self, seconds):
         self.broker.now += seconds
 
-    @rule(n=OBJECTS, there=TIMES, back=TIMES, arrives=st.booleans())
-    def acquire(self, n, there, back, arrives):
+    @rule(n=OBJECTS, there=TIMES, at_the_end=st.booleans(), back=TIMES, arrives=st.booleans())
+    def acquire(self, n, there, at_the_end, back, arrives):
         lease = self.leases[n]
         if lease.id is not None:
             return
         self.ids += 1
         since, id = self.clock(n), f"{n}-{self.ids}"
         self.wait(there)
+        if at_the_end:  # the moment that matters, which chance alone seldom finds
+            self.broker.now = max(self.broker.now, self.broker.ends)
         got = self.broker.take(id)
+        assert not got or not self.certain()
         self.wait(back)
         if got and arrives and lease.granted(id, Grant(got[0], since, got[1])):
             assert lease.token > self.last
@@ -81,8 +85,10 @@ class Leases(RuleBasedStateMachine):
         self.wait(there)
         kept = self.broker.renew(id)
         self.wait(back)
+        was_lost = lease.lost
         if arrives:
             lease.renewed(since if kept else None)
+            assert lease.lost == (was_lost or not kept)
         else:
             before = self.clock(n)
             lease.not_renewed()
@@ -110,16 +116,13 @@ class Leases(RuleBasedStateMachine):
     def time_goes_by(self, seconds):
         self.wait(seconds)
 
-    @rule(later=st.sampled_from([-0.02, 0.0, 0.02]))
-    def the_lease_ends(self, later):
-        """To the moment that matters: chance alone seldom finds it."""
-        self.broker.now = max(self.broker.now, self.broker.ends + later)
+    def certain(self):
+        return [lease for lease in self.leases if lease.id is not None and not lease.lost]
 
     @invariant()
     def one_at_most_is_certain(self):
-        certain = [lease for lease in self.leases if lease.id is not None and not lease.lost]
-        assert len(certain) <= 1
-        for lease in certain:
+        assert len(self.certain()) <= 1
+        for lease in self.certain():
             assert lease.remaining > 0
 
     @invariant()
@@ -131,4 +134,4 @@ class Leases(RuleBasedStateMachine):
 
 
 TestLeases = Leases.TestCase
-TestLeases.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLeases.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

@@ -35,13 +35,7 @@ from ._lease import Holding, Lease
 log = logging.getLogger("ipckit.sync")
 
 _PATIENCE = 5.0  # seconds to open a connection for one who will not wait for the lock
-_desks: weakref.WeakSet[_Desk] = weakref.WeakSet()
-
-
-def _let_go() -> None:
-    for desk in tuple(_desks):
-        for leasing in desk.box:
-            leasing.abandon()
+_all: weakref.WeakSet[Leased] = weakref.WeakSet()
 
 
 def _shut(box: list[Leasing]) -> None:
@@ -59,7 +53,6 @@ class _Desk:
         self.lane = Lane(self.gate, "lock", passing=True)
         self._open = functools.partial(lock._transport.leasing, lock.url, lock._place)
         self._options = lock._options
-        _desks.add(self)
 
     def opening(self) -> Steps[Leasing]:
         if not self.box:
@@ -82,6 +75,7 @@ class Leased:
         self.url = parse(url)
         self._transport, self._options, self._place = _lease.read(self.url)
         self._fresh()
+        _all.add(self)
 
     def _fresh(self) -> None:
         self._lease = Lease(self._options.lease)
@@ -142,14 +136,14 @@ class Leased:
         return self._desk.box[0].native if self._desk.box else None
 
     def _close(self) -> None:
-        if self._lease.id is not None and self._holding is not None and not self._desk.gate.foreign:
+        if self._lease.id is not None and self._holding is not None:
             self._holding.leasing.withdraw(self._lease.id)
             self._lease.ended()
         self._desk.gate.close()
         self._window.gate.close()
 
     def __del__(self) -> None:
-        if not hasattr(self, "_window") or self._desk.gate.foreign:
+        if not hasattr(self, "_window"):
             return
         try:
             if self._lease.id is not None:
@@ -182,10 +176,6 @@ class LeasedLock(Leased):
         self._watched = False  # by the keeper
         self._stir: threading.Event | None = None  # ends the sleep of the thread that renews this hold
 
-    def _here(self) -> None:
-        if self._desk.gate.foreign:
-            self._fresh()
-
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Whether it got it within `timeout` seconds; without `block`, at the first asking. Ctrl-C ends the wait.
 
@@ -193,7 +183,6 @@ class LeasedLock(Leased):
         """
         if timeout is not None and not timeout >= 0:
             raise no_timeout()
-        self._here()
         wait = block and timeout != 0
         timeout = timeout if wait else 0
         if wait and timeout is None and self._thread == threading.get_ident():
@@ -208,14 +197,14 @@ class LeasedLock(Leased):
         finally:
             if not got:
                 self._seat.release()
-        self._thread = threading.get_ident()
-        if self._options.renew:
-            _keeper.watch(self)
+        if got:
+            self._thread = threading.get_ident()
+            if self._options.renew:
+                _keeper.watch(self)
         return got
 
     def release(self) -> None:
         """Give it back. Raises NotOwner; LeaseLost if the broker does not say that it was ours until now."""
-        self._here()
         holding = self._must_hold("release")
         if self._thread != threading.get_ident():
             raise errors.NotOwner("another thread holds it", url=self.url, operation="release")
@@ -230,13 +219,11 @@ class LeasedLock(Leased):
 
     def renew(self, timeout: float | None = None) -> bool:
         """Ask for another lease now; whether the lock is still ours. Raises NotOwner; Timeout: nobody knows."""
-        self._here()
         self._must_hold("renew")
         return run(self._renewing(), self._desk.lane, timeout)
 
     def owner(self, timeout: float | None = None) -> Holder | None:
         """Who holds it, as the broker sees it; None if nobody does."""
-        self._here()
         return run(self._window.holder(), self._window.lane, timeout)
 
     def locked(self, timeout: float | None = None) -> bool:
@@ -245,7 +232,6 @@ class LeasedLock(Leased):
 
     def close(self) -> None:
         """Give it back if it is held, and end the connection. An object that is thrown away is closed."""
-        self._here()
         self._close()
         if self._stir is not None:
             self._stir.set()
@@ -356,9 +342,14 @@ _keeper = _Keeper()
 
 
 def _in_child_of_fork() -> None:
+    """What is held is held by the parent; here each object begins anew, without the parent's connections."""
     global _keeper
     _keeper = _Keeper()
-    _let_go()
+    for lock in tuple(_all):
+        for desk in (lock._desk, lock._window):
+            for leasing in desk.box:
+                leasing.abandon()
+        lock._fresh()
 
 
 os.register_at_fork(after_in_child=_in_child_of_fork)

@@ -31,9 +31,7 @@ class AsyncLeasedLock(Leased):
 
     def _here(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._desk.gate.foreign:
-            self._fresh()
-        elif self._loop is not None and self._loop is not loop:
+        if self._loop is not None and self._loop is not loop:
             if self._lease.id is not None and not self._lease.lost:
                 raise errors.ConfigError(
                     "it is held by a task of another event loop", url=self.url, operation="acquire"
@@ -63,7 +61,7 @@ class AsyncLeasedLock(Leased):
         finally:
             if not got:
                 self._seat.release()
-        if self._options.renew:
+        if got and self._options.renew:
             self._renew_later()
         return got
 

@@ -165,12 +165,12 @@ class NatsLease:
     async def _try_once(self, id: str) -> Grant | None:
         try:
             async with asyncio.timeout(_PATIENCE):
-                return await self._try(id)
+                return await self._try_anew(id)
         except TimeoutError:
             raise errors.NothingListening("no NATS server answers", url=self._jet.url) from None
 
     async def _take(self, id: str) -> Grant | None:
-        if (grant := await self._try(id)) is not None:
+        if (grant := await self._try_anew(id)) is not None:
             return grant
         try:
             while True:
@@ -187,6 +187,11 @@ class NatsLease:
                     await self._look()
         finally:
             self._watch.end()
+
+    async def _try_anew(self, id: str) -> Grant | None:
+        if self._entry.id is not None:
+            await self._look()
+        return await self._try(id)
 
     async def _try(self, id: str) -> Grant | None:
         """Write where it is free, as far as we know; None: it is held."""
@@ -209,21 +214,21 @@ class NatsLease:
                 await self._look()
                 continue
             self._token = revision
-            self._entry = _Entry(revision, id, None, self._terms.who, revision, self._terms.lease, since)
+            self._now(_Entry(revision, id, None, self._terms.who, revision, self._terms.lease, since))
             return Grant(revision, since, inherited=entry.id is not None)
 
     def renew(self, id: str) -> Steps[float | None]:
         return self._jet.steps(lambda: self._renew(id), "renew")
 
     async def _renew(self, id: str) -> float | None:
-        while self._entry.id == id:
+        while await self._ours(id):
             since = self._terms.clock()
             try:
                 revision = await self._write(self._value(id, self._token), self._entry.revision)
             except _Conflict:  # with one of ours that nobody confirmed?
                 await self._look()
                 continue
-            self._entry = _Entry(revision, id, None, self._terms.who, self._token, self._terms.lease, since)
+            self._now(_Entry(revision, id, None, self._terms.who, self._token, self._terms.lease, since))
             return since
         return None
 
@@ -235,15 +240,22 @@ class NatsLease:
             raise
 
     async def _give_back(self, id: str) -> bool:
-        while self._entry.id == id:
+        while await self._ours(id):
             try:
                 revision = await self._write(b"", self._entry.revision, {"KV-Operation": "DEL", _HOLDER: id})
             except _Conflict:
                 await self._look()
                 continue
-            self._entry = _Entry(revision, by=id)
+            self._now(_Entry(revision, by=id))
+            self._perhaps.discard(id)
+            return True
         self._perhaps.discard(id)
-        return self._entry.by == id
+        return self._entry.by == id  # by a write that nobody confirmed
+
+    async def _ours(self, id: str) -> bool:
+        if self._entry.id != id:
+            await self._look()
+        return self._entry.id == id
 
     def withdraw(self, id: str) -> None:
         def begin() -> None:
@@ -322,7 +334,7 @@ class NatsLease:
         if revision <= self._entry.revision:
             return  # `seen` counts from the first time
         if "KV-Operation" in headers or "Nats-Marker-Reason" in headers:
-            self._entry = _Entry(revision, by=headers.get(_HOLDER))
+            self._now(_Entry(revision, by=headers.get(_HOLDER)))
             return
         try:
             said = json.loads(body)
@@ -332,7 +344,12 @@ class NatsLease:
                 raise ValueError("its lease is out of bounds")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise errors.ProtocolError("the key holds something that is no lock of ours", url=self._jet.url) from error
-        self._entry = _Entry(revision, id, None, who, token, lease, self._terms.clock())
+        self._now(_Entry(revision, id, None, who, token, lease, self._terms.clock()))
+
+    def _now(self, entry: _Entry) -> None:
+        """What is older than what we know already comes too late: an attempt may be undone while another is under way."""
+        if entry.revision > self._entry.revision:
+            self._entry = entry
 
     def close(self) -> None:
         self._jet.close()

@@ -1,0 +1,470 @@
+"""Locks at brokers, real ones: what holds for every broker that keeps locks. What one of them does its own way is at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ipckit import aio, capabilities, errors
+from ipckit.sync import Lock, RLock
+from ipckit.testing.servers import nats_server, redis_server
+from ipckit.transports import _nats_lease, _redis_lease
+
+pytest.importorskip("redis")
+pytest.importorskip("nats")
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside pytest-timeout's thread
+
+SERVERS = {"redis": (redis_server, "/"), "nats": (nats_server, "/locks/")}
+LONG = 20  # seconds; the bound of a hang
+
+
+@pytest.fixture(scope="module")
+def running():
+    with contextlib.ExitStack() as stack:
+        servers = {}
+
+        def server(name):
+            if name not in servers:
+                servers[name] = stack.enter_context(SERVERS[name][0]())
+            return servers[name]
+
+        yield server
+
+
+@pytest.fixture(params=SERVERS)
+def broker(request):
+    return request.param
+
+
+@pytest.fixture
+def place(running, broker):
+    """`place(**options)`: the URL of a lock that nobody else uses."""
+    name = SERVERS[broker][1] + f"lock-{os.urandom(6).hex()}"
+    return lambda **options: running(broker).address(name, **options)
+
+
+@pytest.fixture
+def lock(place):
+    """`lock(**options)`: another object of the same name, closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**options):
+            made = Lock(place(**options))
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def in_threads(*acts):
+    failures = []
+
+    def guarded(act):
+        try:
+            act()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+        assert not thread.is_alive()
+    assert failures == []
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, LONG))
+
+
+# -- one at a time ----------------------------------------------------------------------------------------------------
+
+
+def test_one_at_a_time_and_tokens_grow(lock):
+    shared, count, tokens = lock(), 0, []
+
+    def work(mine):
+        def act():
+            nonlocal count
+            for _ in range(15):
+                with mine:
+                    before = count
+                    tokens.append(mine.check())
+                    time.sleep(0)
+                    count = before + 1
+
+        return act
+
+    in_threads(work(shared), work(shared), work(lock()), work(lock()))
+    assert count == 60
+    assert tokens == sorted(set(tokens))
+    assert shared.token is None
+    assert not shared.lost
+
+
+def test_tasks_one_at_a_time(place):
+    async def main():
+        locks, count = [aio.Lock(place()) for _ in range(3)], 0
+
+        async def work(mine):
+            nonlocal count
+            for _ in range(10):
+                async with mine as held:
+                    before = count
+                    assert held.token is not None
+                    await asyncio.sleep(0)
+                    count = before + 1
+
+        await asyncio.gather(*[work(mine) for mine in (locks[0], *locks)])
+        assert count == 40
+        for mine in locks:
+            await mine.close()
+
+    run(main())
+
+
+def test_what_is_told(lock, place):
+    first, second = lock(), lock()
+    assert capabilities(place()).locks
+    assert first.owner() is None
+    assert not first.locked()
+    assert not first.lost
+    with pytest.raises(errors.NotOwner):
+        first.release()
+    with pytest.raises(errors.NotOwner):
+        first.check()
+    with first as held:
+        assert held is first
+        assert first.check() == first.token == second.owner().token
+        assert str(os.getpid()) in second.owner().who
+        assert 0 < second.owner().remaining <= 10
+        assert 0 < first.remaining < 10
+        assert second.locked()
+        assert "held" in repr(first)
+        assert "not held" in repr(second)
+        assert not second.acquire(False)
+        assert not second.acquire(timeout=0)
+        assert not second.acquire(timeout=0.05)
+        assert not first.acquire(False)
+        with pytest.raises(errors.Deadlock):
+            first.acquire()
+        with pytest.raises(errors.NotOwner):
+            second.release()
+        in_threads(lambda: pytest.raises(errors.NotOwner, first.release))
+        copy = pickle.loads(pickle.dumps(first))  # noqa: S301
+        assert copy.token is None
+        assert not copy.acquire(False)
+        copy.close()
+        assert first.renew()
+    assert second.acquire(False)
+    assert not second.inherited
+    second.close()
+    assert first.acquire(timeout=LONG)
+    first.release()
+    first.close()
+    with pytest.raises(errors.Closed):
+        first.acquire()
+    with pytest.raises(ValueError):
+        second.acquire(timeout=-1)
+
+
+def test_what_is_wrong_is_refused(place, broker):
+    for options in ({"lease": "1ms"}, {"lease": "2"}, {"renew": "perhaps"}, {"limit": "1MiB"}, {"leese": "1s"}):
+        with pytest.raises(errors.BadOption):
+            Lock(place(**options))
+    with pytest.raises(errors.UnknownScheme):
+        RLock(place())
+    with pytest.raises(errors.Unsupported):
+        Lock("tcp://127.0.0.1:1")
+    with pytest.raises(errors.UnknownScheme):
+        Lock("nothing://x")
+    nobody = Lock(f"{broker}://127.0.0.1:1/locks/x")
+    with pytest.raises(errors.NothingListening):
+        nobody.acquire(timeout=0.2)
+
+
+# -- who waits is woken -----------------------------------------------------------------------------------------------
+
+
+def test_who_waits_is_woken(lock, monkeypatch):
+    monkeypatch.setattr(_redis_lease, "_LOOK", 300.0)
+    monkeypatch.setattr(_nats_lease, "_LOOK", 300.0)
+    holder, waiter = lock(lease="300s"), lock(lease="300s")
+    holder.acquire()
+    got = threading.Event()
+
+    def wait():
+        with waiter:
+            got.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert not got.wait(0.1)
+    holder.release()
+    assert got.wait(LONG)
+    waiting.join()
+
+
+def test_a_signal_handler_that_raises_ends_the_wait(lock):
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    holder, waiter, third = lock(), lock(), lock()
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with holder:
+            timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+            timer.start()
+            with pytest.raises(Stop):
+                waiter.acquire()
+            timer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert waiter.token is None
+    with third, pytest.raises(errors.NotOwner):
+        waiter.release()
+
+
+def test_a_cancelled_task_leaves_no_lock_held(place):
+    async def main():
+        first, second = aio.Lock(place(lease="300s")), aio.Lock(place(lease="300s"))
+        async with first, asyncio.TaskGroup() as group:
+            assert not await second.acquire(False)
+            assert not await second.acquire(timeout=0.01)
+            waiting = group.create_task(second.acquire())
+            await asyncio.sleep(0.02)
+            waiting.cancel()
+        # Cancelled at every point of an acquire and of a release: a lease is five minutes, so what stays held is seen.
+        for turns in range(25):
+            for verb in ("acquire", "release"):
+                if verb == "release":
+                    assert await second.acquire(timeout=LONG)
+                task = asyncio.create_task(getattr(second, verb)())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await asyncio.sleep(turns * 1e-5)
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+                    if verb == "acquire":
+                        await second.release()
+                if verb == "release" and second.token is not None:
+                    await second.release()  # it had not begun
+            assert second.token is None
+            assert await first.acquire(timeout=LONG)
+            await first.release()
+        await first.close()
+        await second.close()
+
+    run(main())
+
+
+# -- leases -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_renewed_while_it_is_held(lock, place):
+    mine, other = lock(lease="300ms"), lock(lease="300ms")
+    with mine:
+        token = mine.token
+        assert not other.acquire(timeout=1.0)
+        assert mine.check() == token
+        assert mine.remaining > 0
+    assert other.acquire(False)
+    other.release()
+
+    async def main():
+        mine, other = aio.Lock(place(lease="300ms")), aio.Lock(place())
+        async with mine:
+            assert not await other.acquire(timeout=0.8)
+            assert mine.check() == (await other.owner()).token
+        assert await other.acquire(False)
+        await other.release()
+        await mine.close()
+        await other.close()
+
+    run(main())
+
+
+def test_a_lease_that_runs_out_is_lost(lock, place):
+    mine, other = lock(lease="200ms", renew="0"), lock()
+    with pytest.raises(errors.LeaseLost) as caught, mine:  # noqa: PT012
+        token = mine.token
+        assert other.acquire(timeout=LONG)
+        assert other.token > token
+        assert other.inherited
+        assert mine.lost
+        assert mine.remaining == 0
+        assert not mine.renew()
+        with pytest.raises(errors.LeaseLost):
+            mine.check()
+    assert caught.value.token == token
+    assert mine.lost
+    assert mine.token is None
+    assert other.check()
+    other.release()
+    with mine:
+        assert not mine.lost
+        assert not mine.inherited
+    with pytest.raises(ZeroDivisionError) as also, mine:  # noqa: PT012
+        time.sleep(0.25)
+        _ = 1 / 0
+    assert "was lost" in also.value.__notes__[0]
+
+    async def main():
+        mine = aio.Lock(place(lease="200ms", renew="0"))
+        with pytest.raises(errors.LeaseLost):
+            async with mine:
+                await asyncio.sleep(0.25)
+        async with mine:
+            assert await mine.renew()
+        await mine.close()
+
+    run(main())
+
+
+HOLDER = """
+import os, signal, sys, time
+from ipckit.sync import Lock
+from ipckit import errors
+lock = Lock(sys.argv[1])
+lock.acquire()
+print(lock.token, flush=True)
+try:
+    while True:
+        lock.check()
+        time.sleep(0.001)
+except errors.LeaseLost as lost:
+    print("lost", lost.token, flush=True)
+try:
+    lock.release()
+except errors.LeaseLost:
+    print("released", flush=True)
+"""
+
+
+@pytest.fixture
+def holder(place):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, place(lease="400ms")], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    with child:
+        try:
+            yield child, int(child.stdout.readline())
+        finally:
+            child.kill()
+
+
+def test_the_next_one_gets_it_from_a_killed_holder(holder, lock):
+    child, token = holder
+    waiter = lock()
+    assert not waiter.acquire(timeout=0.6)  # it renews
+    child.kill()
+    with waiter:
+        assert waiter.token > token
+        assert waiter.inherited
+    with waiter:
+        assert not waiter.inherited
+
+
+def test_a_stopped_holder_learns_that_it_lost(holder, lock):
+    child, token = holder
+    waiter = lock()
+    child.send_signal(signal.SIGSTOP)
+    with waiter:
+        assert waiter.token > token
+        child.send_signal(signal.SIGCONT)
+        assert child.stdout.readline() == f"lost {token}\n"
+        assert child.stdout.readline() == "released\n"
+        assert waiter.check()
+        assert waiter.renew()
+
+
+def test_a_forked_child_does_not_hold_it(lock):
+    mine = lock()
+
+    def child(pipe):
+        pipe.send((mine.token, mine.acquire(False)))
+        with pytest.raises(errors.NotOwner):
+            mine.release()
+        pipe.recv()
+        with mine:
+            pipe.send(mine.token)
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    with mine:
+        process = context.Process(target=child, args=(theirs,))
+        process.start()
+        assert ours.poll(LONG)
+        assert ours.recv() == (None, False)
+        assert mine.renew()
+        token = mine.token
+    ours.send(None)
+    assert ours.poll(LONG)
+    assert ours.recv() > token
+    process.join(LONG)
+    assert process.exitcode == 0
+    with mine:
+        pass
+
+
+def test_one_that_is_thrown_away_is_given_back(lock, place):
+    dropped = Lock(place(lease="300s"))
+    dropped.acquire()
+    with pytest.warns(ResourceWarning, match="was dropped"):
+        del dropped
+    other = lock()
+    assert other.acquire(timeout=LONG)
+    other.release()
+
+
+# -- the broker goes, and comes back ----------------------------------------------------------------------------------
+
+
+def test_a_broker_that_is_restarted(broker):
+    options = {"appendonly": True, "appendfsync": "always"} if broker == "redis" else {}
+    with SERVERS[broker][0](private=True, **options) as server:
+        url = server.address(SERVERS[broker][1] + "x")
+        holder, waiter = Lock(url), Lock(url)
+        with holder:
+            token = holder.token
+            assert not waiter.acquire(False)  # it is connected
+            waiting = threading.Thread(target=waiter.acquire)
+            waiting.start()
+            server.kill()
+            server.start()
+            assert holder.renew(LONG)
+            assert holder.check() == token
+        waiting.join(LONG)
+        assert waiter.token > token
+        assert not waiter.inherited
+        waiter._thread = threading.get_ident()  # the thread that acquired it is gone
+        waiter.release()
+        server.kill()
+        assert not holder.lost
+        with pytest.raises(errors.NothingListening):
+            holder.acquire(timeout=0.3)
+        server.start()
+        with holder:
+            assert holder.token > token
+        with pytest.raises(errors.LeaseLost), Lock(url + "?lease=500ms") as brief:  # noqa: PT012
+            server.kill()
+            while not brief.lost:
+                time.sleep(0.01)
+        brief.close()
+        holder.close()
+        waiter.close()
