@@ -84,6 +84,29 @@ def in_threads(*acts):
     assert failures == []
 
 
+class Waiting:
+    """A thread that waits for a lock, and gives it back."""
+
+    def __init__(self, lock):
+        self._got = []
+        self._thread = threading.Thread(target=self._wait, args=(lock,))
+        self._thread.start()
+
+    def _wait(self, lock):
+        try:
+            with lock:
+                self._got.append(lock.token)
+        except BaseException as error:
+            self._got.append(error)
+
+    def token(self):
+        self._thread.join(LONG)
+        assert not self._thread.is_alive()
+        if isinstance(self._got[0], BaseException):
+            raise self._got[0]
+        return self._got[0]
+
+
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, LONG))
 
@@ -202,18 +225,11 @@ def test_who_waits_is_woken(lock, monkeypatch):
     monkeypatch.setattr(_nats_lease, "_LOOK", 300.0)
     holder, waiter = lock(lease="300s"), lock(lease="300s")
     holder.acquire()
-    got = threading.Event()
-
-    def wait():
-        with waiter:
-            got.set()
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
-    assert not got.wait(0.1)
+    waiting = Waiting(waiter)
+    assert not lock().acquire(timeout=0.1)
+    token = holder.token
     holder.release()
-    assert got.wait(LONG)
-    waiting.join()
+    assert waiting.token() > token
 
 
 def test_a_signal_handler_that_raises_ends_the_wait(lock):
@@ -443,17 +459,13 @@ def test_a_broker_that_is_restarted(broker):
         with holder:
             token = holder.token
             assert not waiter.acquire(False)  # it is connected
-            waiting = threading.Thread(target=waiter.acquire)
-            waiting.start()
+            waiting = Waiting(waiter)
             server.kill()
             server.start()
             assert holder.renew(LONG)
             assert holder.check() == token
-        waiting.join(LONG)
-        assert waiter.token > token
+        assert waiting.token() > token
         assert not waiter.inherited
-        waiter._thread = threading.get_ident()  # the thread that acquired it is gone
-        waiter.release()
         server.kill()
         assert not holder.lost
         with pytest.raises(errors.NothingListening):
@@ -468,3 +480,176 @@ def test_a_broker_that_is_restarted(broker):
         brief.close()
         holder.close()
         waiter.close()
+
+
+# -- Redis ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def redis_lock(running):
+    name = f"/lock-{os.urandom(6).hex()}"
+    with contextlib.ExitStack() as stack:
+
+        def make(**options):
+            made = Lock(running("redis").address(name, **options))
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def test_redis_gives_it_to_the_eldest_and_passes_over_the_dead(redis_lock, monkeypatch):
+    monkeypatch.setattr(_redis_lease, "_LOOK", 300.0)
+    first, queue, order = redis_lock(lease="300s"), [], []
+    gone = redis_lock(lease="300s")
+    with first:
+        with pytest.raises(ZeroDivisionError):  # it stands in the queue, and then its connection breaks
+            _stand_in_line_and_vanish(gone)
+        for number in range(4):
+            mine = redis_lock(lease="300s")
+            assert not mine.acquire(False)
+
+            def wait(mine=mine, number=number):
+                with mine:
+                    order.append(number)
+
+            queue.append(threading.Thread(target=wait))
+            queue[-1].start()
+            _until_it_waits(first, number + 2)
+    with first:  # whoever asks again stands behind them
+        order.append("first")
+    for thread in queue:
+        thread.join(LONG)
+    assert order == [0, 1, 2, 3, "first"]
+
+
+def _until_it_waits(lock, count):
+    key, client = _client(lock)
+    with client:
+        deadline = time.monotonic() + LONG
+        while client.llen(key.replace(":lock", ":queue")) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+def _stand_in_line_and_vanish(lock):
+    assert not lock.acquire(False)
+    leasing = lock._desk.box[0]
+    leasing.withdraw = lambda id: None
+    steps = leasing.take("f" * 32, True)
+    for wait in steps:
+        if leasing._subscribed and not leasing._line._wire.waiting:
+            break
+        _poll(wait)
+    leasing._line._wire.abandon()
+    steps.throw(ZeroDivisionError)
+
+
+def _poll(wait):
+    import select
+
+    poll = select.poll()
+    for fd, events in wait.fds:
+        poll.register(fd, events)
+    poll.poll(1000)
+
+
+def _client(lock):
+    native = lock.native
+    return native.key, native.address.client()
+
+
+def test_redis_without_the_right_to_subscribe(redis_lock, running):
+    first = redis_lock()
+    assert first.acquire()
+    key, client = _client(first)
+    with client:
+        client.execute_command("ACL", "SETUSER", "deaf", "on", ">word", "~*", "+@all", "resetchannels")
+        url = first.url.reveal().replace("://", "://deaf:word@")
+        waiter = Lock(url)
+        in_threads(lambda: pytest.raises(errors.Timeout, _must_acquire, waiter, 0.3), lambda: None)
+        waiting = Waiting(waiter)
+        first.release()
+        assert waiting.token()
+        client.execute_command("ACL", "DELUSER", "deaf")
+    waiter.close()
+
+
+def _must_acquire(lock, timeout):
+    if not lock.acquire(timeout=timeout):
+        raise errors.Timeout("not got")
+
+
+def test_redis_keys_that_are_lost_or_taken(redis_lock):
+    lock = redis_lock()
+    with pytest.raises(errors.LeaseLost), lock:  # noqa: PT012
+        token = lock.token
+        key, client = _client(lock)
+        with client:
+            client.flushall()
+            assert not lock.renew()
+            assert lock.lost
+    with lock:
+        assert lock.token > token  # though the server has forgotten the last
+    with client:
+        client.hset(key, "a", "b")
+        with pytest.raises(errors.IpcError, match="WRONGTYPE"):
+            lock.acquire(timeout=1)
+        client.delete(key)
+        with lock:
+            client.execute_command("SCRIPT", "FLUSH")
+            assert lock.renew(LONG)
+
+
+def test_redis_addresses(running):
+    url = running("redis").url
+    for path in ("", "/", "/5", "/5/", "/x y"):
+        with pytest.raises(errors.BadUrl):
+            Lock(f"{url}{path}").acquire(timeout=1)
+    zero, one = Lock(f"{url}/a/b"), Lock(f"{url}/1/a/b")
+    with zero, one:
+        assert _client(zero)[0] == _client(one)[0] == "ipckit:{a/b}:lock"
+    again = Lock(f"{url}/0/a/b")
+    with zero:
+        assert not again.acquire(False)
+    for lock in (zero, one, again):
+        lock.close()
+
+
+# -- NATS -------------------------------------------------------------------------------------------------------------
+
+
+def test_nats_buckets(running):
+    url = running("nats").url
+
+    async def main():
+        import nats
+
+        client = await nats.connect(url)
+        try:
+            stream = client.jetstream()
+            brief = await stream.create_key_value(bucket="brief", ttl=5)
+            with pytest.raises(errors.ConfigError, match="forgets a key after 5 s"):
+                await aio.Lock(f"{url}/brief/x").acquire(timeout=LONG)
+            lock = aio.Lock(f"{url}/brief/x?lease=1s")
+            async with lock:
+                entry = await brief.get("x")
+                assert entry.revision == lock.token
+                await brief.purge("x")
+                assert not await lock.renew()
+                with pytest.raises(errors.LeaseLost):
+                    await lock.release()
+                await lock.acquire()
+            await brief.put("x", b"something else")
+            with pytest.raises(errors.ProtocolError):
+                await lock.acquire(timeout=LONG)
+            await lock.close()
+            with pytest.raises(errors.ConfigError, match="storage"):
+                await aio.Lock(f"{url}/brief/x?lease=1s&storage=memory").acquire(timeout=LONG)
+            for path in ("", "/x", "/a.b/x", "/b/.x", "/b/*"):
+                with pytest.raises(errors.BadUrl):
+                    await aio.Lock(url + path).acquire(timeout=LONG)
+        finally:
+            await client.close()
+
+    run(main())

@@ -208,9 +208,12 @@ class LeasedLock(Leased):
         holding = self._must_hold("release")
         if self._thread != threading.get_ident():
             raise errors.NotOwner("another thread holds it", url=self.url, operation="release")
+        # A renewal that gets no answer is in the lane for a third of a lease at most.
+        patience = self._lease.remaining + self._lease.seconds / 3 + 1
         try:
-            run(holding.release(), self._desk.lane, self._lease.remaining)
+            run(holding.release(), self._desk.lane, patience)
         finally:
+            self._lease.ended()
             self._thread = 0
             if self._stir is not None:
                 self._stir.set()

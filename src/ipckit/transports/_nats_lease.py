@@ -35,7 +35,7 @@ from .._options import option
 from .._spi import Grant, Holder, LeaseTerms, Steps
 from .._url import Url
 from ._jetstream import ApiError, Jet, open_jet, opening
-from ._natsclient import NatsOptions
+from ._natsclient import NatsOptions, log
 
 _PATH = re.compile(r"/([A-Za-z0-9_-]{1,100})/([A-Za-z0-9_=-](?:[A-Za-z0-9_=/.-]{0,198}[A-Za-z0-9_=/-])?)\Z")
 _NS = 10**9
@@ -93,6 +93,7 @@ class NatsLease:
         self._bucket, self._stream, self._subject = bucket, f"KV_{bucket}", f"$KV.{bucket}.{name}"
         self._entry = _Entry()
         self._token = 0
+        self._wanted = ""  # the id that wants it now
         self._perhaps = set[str]()  # ids that may have the lock, or get it
         self._writing: asyncio.Task[int] | None = None  # the write by which we want to get it
         self._undoing = set[asyncio.Task[None]]()
@@ -154,6 +155,7 @@ class NatsLease:
     # what is asked
 
     def take(self, id: str, wait: bool) -> Steps[Grant | None]:
+        self._wanted = id
         try:
             return (yield from self._jet.steps(lambda: self._take(id) if wait else self._try_once(id), "lock"))
         except BaseException as error:
@@ -202,6 +204,8 @@ class NatsLease:
                 return Grant(entry.token, *self._asked[1:])
             if entry.id is not None and self._terms.clock() < entry.seen + entry.lease:
                 return None
+            if self._wanted != id:  # asyncio.wait_for of Python 3.11 may swallow a cancellation
+                raise asyncio.CancelledError
             since = self._terms.clock()
             self._asked = (id, self._asked[1] if self._asked[0] == id else since, entry.id is not None)
             self._perhaps.add(id)
@@ -258,6 +262,9 @@ class NatsLease:
         return self._entry.id == id
 
     def withdraw(self, id: str) -> None:
+        if self._wanted == id:
+            self._wanted = ""
+
         def begin() -> None:
             if id in self._perhaps:
                 task = self._jet.home.loop.create_task(self._undo(id))
@@ -379,11 +386,19 @@ class _Watch:
         if self._name and self._reconnects == connection.reconnects:
             return
         self.end()
-        if not self._inbox:
-            self._inbox = self._jet.client.new_inbox()
-            await connection.tap(self._inbox, self._told)
-            await connection.round_trip()  # what we ask next overtakes what the client has not written yet
         self._reconnects = connection.reconnects
+        try:
+            if not self._inbox:
+                inbox = self._jet.client.new_inbox()
+                await connection.tap(inbox, self._told)
+                self._inbox = inbox
+                await connection.round_trip()  # what we ask next overtakes what the client has not written yet
+        except (errors.IpcError, asyncio.CancelledError):
+            raise
+        except Exception as error:  # nats-py's, while there is no connection: we are called again when there is one
+            self._jet.check("lock")
+            log.debug("%s: no watch yet: %s", self._jet.url, error)
+            return
         name = f"ipckit-{os.urandom(8).hex()}"
         config = {
             "name": name,
