@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import signal
@@ -21,11 +22,8 @@ posix_ipc = pytest.importorskip("posix_ipc")
 def url():
     name = f"ipckit-test-{os.getpid()}-{os.urandom(4).hex()}"
     yield f"posix+sem://{name}"
-    for left in (name,):
-        try:
-            posix_ipc.unlink_semaphore("/" + left)
-        except posix_ipc.ExistentialError:
-            pass
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_semaphore("/" + name)
 
 
 def test_units_are_counted_by_name(url):
@@ -139,7 +137,7 @@ def test_tasks_wait_in_turn_and_a_cancelled_one_loses_no_unit(url):
             else:
                 semaphore.release()
         patience = time.monotonic() + 20
-        while other.get_value() != 1 and time.monotonic() < patience:
+        while other.get_value() != 1 and time.monotonic() < patience:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         assert other.get_value() == 1
 
