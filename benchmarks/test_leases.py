@@ -1,6 +1,6 @@
 """A lock at a broker: taken and given back with nobody else there, and handed from one to the next; beside redis-py's own lock.
 
-redis-py's acquire is one SET and has no token; its waiters sleep 100 ms between two tries, unless they are told otherwise (here: 1 ms,
+redis-py's acquire is one SET and has no token; its waiters sleep 100 ms between two tries, or as told (here also 1 ms,
 which is a thousand commands a second for each). Ours are woken. One process does both sides of a handover, with two threads.
 """
 

@@ -325,13 +325,13 @@ class _Keeper:
                 self._changed.wait(pause)
 
     def _look(self) -> float | None:
-        """Seconds until the next is due; None: nothing is held."""
+        """Seconds until the next is due; None: nothing has been held lately."""
         pause = None
         for lock in tuple(self._locks):
             lock._watched = False  # SYNC POINT: keeper. ... here the other way round.
             id = lock._lease.id
             left = lock._lease.due - _lease.clock()
-            if id is not None and left > 0:
+            if left > 0:  # also one that is not held now: most are taken again before that
                 lock._watched = True
                 pause = left if pause is None else min(pause, left)
                 continue

@@ -253,12 +253,14 @@ class RedisLease:
         wire = yield from self._wire(until)
         answer: list[Any] = []
         wire.tell(answer.append, *words)
+        self._line.push()
+        yield self._ear.wait(self._line.fds(), self._line.at_most())  # the reply cannot be there yet
         while True:
             if not self._line.pump(unasked=True) or self._line.ready() is not wire:
                 return None
             if answer:
                 break
-            yield self._ear.wait(self._line.fds(), None)
+            yield self._ear.wait(self._line.fds(), self._line.at_most())
         if isinstance(answer[0], Exception):
             if passes(answer[0]):
                 self._line.lose(f"the server says: {answer[0]}")
