@@ -4,8 +4,8 @@
     python tests/crash/lease_kill.py --broker nats --role server --kills 20 --seed 1
 
 Processes take the lock, note in their journals when they are inside (one clock for all of them), stay for a moment, and note that
-they leave. One of them is killed at a random instant and replaced; or the server is killed and started again. At the end: the times
-inside do not overlap, but for a hold that was told that it lost its lease; tokens grow; everybody still gets the lock.
+they leave. One of them is killed at a random instant and replaced; or the server is killed and started again. At the end: the
+times inside do not overlap, but for a hold that was told that it lost its lease; tokens grow; everybody still gets the lock.
 """
 
 from __future__ import annotations

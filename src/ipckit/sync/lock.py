@@ -157,6 +157,8 @@ class Lock(_Mutex):
     ) -> Self:
         elsewhere = _places.lock(url)
         if elsewhere is not None:
+            if debug:
+                raise errors.BadOption("debug= is for locks in shared memory", url=url)
             made: Self = elsewhere(url)
             return made
         return super().__new__(cls, url, on_owner_died=on_owner_died, debug=debug)
