@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ipckit._spi import Grant
+from ipckit._leasing import Grant
 from ipckit.sync._lease import Lease
 
 LEASE = 10.0

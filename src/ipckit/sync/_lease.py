@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _options, _registry, errors
+from .._leasing import Grant, Leases, LeaseTerms, Leasing
 from .._options import flag, option
-from .._spi import Grant, Leases, LeaseTerms, Leasing, Steps
+from .._spi import Steps
 from .._url import Url
 
 #: Our clock may run slower than the broker's by this much of a lease.

@@ -1,7 +1,7 @@
 """Where an object lives, by the scheme of its URL: in our own shared memory, or with somebody else who keeps such things.
 
     Lock("shm://orders")              here: None
-    Lock("redis://host/orders")       a transport that grants leases (`_spi.Leases`), whichever has this scheme
+    Lock("redis://host/orders")       a transport that grants leases (`_leasing.Leases`), whichever has this scheme
     Semaphore(2, "posix+sem://pool")  the operating system: a module of the table below
 
 The classes ask here when they are made, and hand the rest over. Nothing is imported before its scheme is used.
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .. import _registry, errors
-from .._spi import Leases
+from .._leasing import Leases
 from .._url import Url, parse
 from . import _home
 

@@ -26,7 +26,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from .. import errors
-from .._spi import Holder, Leasing, Steps
+from .._leasing import Holder, Leasing
+from .._spi import Steps
 from .._url import Url, parse
 from .._wait import Gate, Lane, no_timeout, run
 from . import _lease

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from .. import errors
-from .._spi import Holder
+from .._leasing import Holder
 from .._wait import arun, no_timeout
 from ._lease import clock
 from .leased import Leased, also, left_for_broker, log

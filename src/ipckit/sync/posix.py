@@ -8,7 +8,8 @@ has owners is `Semaphore(leased=True)` in our own shared memory. Whoever creates
 
 The kernel has no descriptor for it either, and posix_ipc drops the exception of a signal handler that runs while it waits. So one
 thread for each object does the waiting, in short sleeps, for the threads and tasks that wait in Python. Whoever is cancelled or
-interrupted loses no unit: what the thread gets when nobody wants it any more, it gives back.
+interrupted loses no unit: what the thread gets when nobody wants it any more, it gives back. So within 50 ms after a wait that
+was given up, a unit may be missing for an instant.
 """
 
 from __future__ import annotations
@@ -166,6 +167,10 @@ class _Attempt:
         if self.bell < 0 and not self._queue.attempts and self._semaphore._try():  # not past those who came before
             self.granted = True
         return DONE if self.granted else None
+
+    def now(self) -> int | None:
+        """At once, or not at all."""
+        return DONE if self._semaphore._try() else None
 
     def arm(self, bell: int) -> None:
         self._queue.put(self, bell)

@@ -31,8 +31,9 @@ from datetime import datetime
 from typing import Any
 
 from .. import _options, errors
+from .._leasing import Grant, Holder, LeaseTerms
 from .._options import option
-from .._spi import Grant, Holder, LeaseTerms, Steps
+from .._spi import Steps
 from .._url import Url
 from ._jetstream import ApiError, Jet, open_jet, opening
 from ._natsclient import NatsOptions, log
@@ -86,7 +87,7 @@ def open_lease(url: Url, options: NatsLeaseOptions, terms: LeaseTerms) -> Steps[
 
 
 class NatsLease:
-    """`_spi.Leasing`. What is `async` here runs on the client's loop."""
+    """`_leasing.Leasing`. What is `async` here runs on the client's loop."""
 
     def __init__(self, jet: Jet, bucket: str, name: str, terms: LeaseTerms) -> None:
         self._jet, self._terms = jet, terms

@@ -23,7 +23,8 @@ from contextlib import suppress
 from typing import Any
 
 from .. import errors
-from .._spi import Grant, Holder, LeaseTerms, Steps
+from .._leasing import Grant, Holder, LeaseTerms
+from .._spi import Steps
 from ._redis_address import Address, Native
 from ._redis_line import Ear, Line, passes
 from ._redis_scripts import Script, script
@@ -94,7 +95,7 @@ return {ours and 1 or 0, redis.call('GET', KEYS[2])}
 
 
 class RedisLease:
-    """`_spi.Leasing`."""
+    """`_leasing.Leasing`."""
 
     def __init__(self, address: Address, terms: LeaseTerms) -> None:
         self._address, self._terms = address, terms

@@ -32,13 +32,11 @@ from typing import Any, ClassVar, cast
 
 from .. import errors
 from .._capabilities import Capabilities
+from .._leasing import Leases, LeaseTerms, Leasing
 from .._spi import (
     Calls,
     Exchange,
     Intake,
-    Leases,
-    LeaseTerms,
-    Leasing,
     Link,
     Listener,
     Outlet,

@@ -27,14 +27,12 @@ from dataclasses import dataclass
 
 from .. import _options, errors
 from .._capabilities import Capabilities
+from .._leasing import Leases, LeaseTerms, Leasing
 from .._options import integer, option
 from .._spi import (
     Calls,
     Exchange,
     Intake,
-    Leases,
-    LeaseTerms,
-    Leasing,
     Link,
     Listener,
     Outlet,
