@@ -294,6 +294,42 @@ def test_a_cancelled_task_leaves_no_lock_held(place):
     run(main())
 
 
+def test_closing_wakes_who_waits(lock):
+    holder, waiter = lock(), lock()
+    with holder:
+        assert not waiter.acquire(False)
+        waiting = Waiting(waiter)
+        time.sleep(0.05)
+        waiter.close()
+        with pytest.raises(errors.Closed):
+            waiting.token()
+
+
+def test_one_loop_after_the_other(place):
+    lock = aio.Lock(place())
+
+    async def use():
+        async with lock:
+            return lock.check()
+
+    async def keep():
+        await lock.acquire()
+
+    assert run(use()) < run(use())
+    run(keep())
+    with pytest.raises(errors.ConfigError):
+        run(use())
+
+    async def end():
+        await lock.close()
+
+    run(end())
+    other = Lock(place())
+    assert other.acquire(timeout=LONG)
+    other.release()
+    other.close()
+
+
 # -- leases -----------------------------------------------------------------------------------------------------------
 
 

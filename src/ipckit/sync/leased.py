@@ -15,13 +15,16 @@ gets a thread of its own, so that a broker that does not answer delays no other.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +40,7 @@ log = logging.getLogger("ipckit.sync")
 
 _PATIENCE = 5.0  # seconds to open a connection for one who will not wait for the lock
 _all: weakref.WeakSet[Leased] = weakref.WeakSet()
+_parents: list[Leasing] = []  # in a forked child: what must not be taken apart here
 
 
 def _shut(box: list[Leasing]) -> None:
@@ -143,8 +147,8 @@ class Leased:
         self._desk.gate.close()
         self._window.gate.close()
 
-    def __del__(self) -> None:
-        if not hasattr(self, "_window"):
+    def __del__(self, _finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not hasattr(self, "_window") or _finalizing():
             return
         try:
             if self._lease.id is not None:
@@ -167,7 +171,8 @@ class LeasedLock(Leased):
     """What `ipckit.sync.Lock` returns for the URL of a broker.
 
     Options of the URL: `lease=10s` (after which a holder that says nothing loses it), `renew=1`, and those of the connection.
-    The thread that acquired it releases it. In a forked child the object is a new one, which does not hold it.
+    The thread that acquired it releases it. In a forked child the object is a new one, which does not hold it. A lock whose
+    holder died is simply granted when the lease is over, with `inherited` true, as by `on_owner_died="take"`.
     """
 
     def _fresh(self) -> None:
@@ -235,8 +240,10 @@ class LeasedLock(Leased):
         return self.owner(timeout) is not None
 
     def close(self) -> None:
-        """Give it back if it is held, and end the connection. An object that is thrown away is closed."""
-        self._close()
+        """Give it back if it is held, and end the connection; who waits here raises Closed. One that is thrown away is closed."""
+        # Who holds it waits at the broker for a renewal at most; who waits for the lock is woken by this.
+        with self._desk.lane.mutex if self._lease.id is not None else contextlib.nullcontext():
+            self._close()
         if self._stir is not None:
             self._stir.set()
 
@@ -353,6 +360,7 @@ def _in_child_of_fork() -> None:
         for desk in (lock._desk, lock._window):
             for leasing in desk.box:
                 leasing.abandon()
+            _parents.extend(desk.box)
         lock._fresh()
 
 
