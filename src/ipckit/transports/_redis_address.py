@@ -12,7 +12,7 @@ is made again after a failover leads to the new one.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import _options, errors
@@ -40,7 +40,7 @@ class Address:
     """What the URL and its options say: where the server is, which database, which name."""
 
     url: Url
-    settings: dict[str, Any]  # of a redis-py connection
+    settings: dict[str, Any] = field(repr=False)  # of a redis-py connection; a password is among them
     name: str
     sentinel: str | None = None
 
