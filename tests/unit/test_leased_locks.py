@@ -230,8 +230,10 @@ def test_who_waits_is_woken(lock, monkeypatch):
     monkeypatch.setattr(_nats_lease, "_LOOK", 300.0)
     holder, waiter = lock(lease="300s"), lock(lease="300s")
     holder.acquire()
+    third = lock()
+    assert not third.acquire(False)  # connected: to connect in time is another matter
     waiting = Waiting(waiter)
-    assert not lock().acquire(timeout=0.1)
+    assert not third.acquire(timeout=0.1)
     token = holder.token
     holder.release()
     assert waiting.token() > token
@@ -608,6 +610,7 @@ def test_redis_without_the_right_to_subscribe(redis_lock, running):
         client.execute_command("ACL", "SETUSER", "deaf", "on", ">word", "~*", "+@all", "resetchannels")
         url = first.url.reveal().replace("://", "://deaf:word@")
         waiter = Lock(url)
+        assert not waiter.acquire(False)
         assert not waiter.acquire(timeout=0.3)
         waiting = Waiting(waiter)
         first.release()
