@@ -45,6 +45,8 @@ setup(
                     "py_attempt.c",
                     "lock.c",
                     "crowd.c",
+                    "py_segment.c",
+                    "latest.c",
                 )
             ],
             depends=[
@@ -66,6 +68,8 @@ setup(
                     "crowd.h",
                     "steps.h",
                     "py_sync.h",
+                    "latest_layout.h",
+                    "latest.h",
                 )
             ],
             define_macros=[("_GNU_SOURCE", "1"), ("Py_LIMITED_API", "0x030B0000")],

@@ -63,6 +63,10 @@ class NothingListening(AddressError, ConnectionError):
     """Nobody listened at this address before the timeout."""
 
 
+class NotFound(AddressError, FileNotFoundError):
+    """Nothing has this name."""
+
+
 # -- the configuration ------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@
 #include "py_sync.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
@@ -119,6 +120,30 @@ static struct sleeper *sleeper_get(void)
     return s;
 }
 
+struct sleeper *sleeper_watch(const struct naps *naps, int bell, struct mapping *first, struct mapping *second)
+{
+    int own = fcntl(bell, F_DUPFD_CLOEXEC, 0);
+    struct sleeper *s = own < 0 ? NULL : sleeper_get();
+    if (!s) {
+        if (own >= 0)
+            close(own);
+        return NULL;
+    }
+    s->naps = *naps;
+    s->kept[0] = mapping_keep(first);
+    s->kept[1] = mapping_keep(second);
+    s->bell = own;
+    atomic_store_explicit(&s->over, 0, memory_order_relaxed);
+    own_set(&s->work, s->done + 1);
+    return s;
+}
+
+void sleeper_dismiss(struct sleeper *s, unsigned forks)
+{
+    if (forks == fork_generation)
+        own_set(&s->over, 1);
+}
+
 /* -- the Python object ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -161,8 +186,8 @@ static void dismiss(Attempt *self)
 {
     struct sleeper *s = self->sleeper;
     self->sleeper = NULL;
-    if (s && self->forks == fork_generation)
-        own_set(&s->over, 1);
+    if (s)
+        sleeper_dismiss(s, self->forks);
 }
 
 static int try_once(Attempt *self, struct naps *naps)
@@ -202,21 +227,10 @@ static PyObject *attempt_arm(PyObject *object, PyObject *fd)
         PyErr_SetString(PyExc_RuntimeError, "arm() follows a poll() that has to wait");
         return NULL;
     }
-    int own = dup((int)bell);
-    struct sleeper *s = own < 0 ? NULL : sleeper_get();
-    if (!s) {
-        PyErr_SetFromErrno(PyExc_OSError);
-        if (own >= 0)
-            close(own);
-        return NULL;
-    }
-    s->naps = self->naps;
-    s->kept[0] = mapping_keep(self->sync->map);
-    s->kept[1] = self->lock ? mapping_keep(((SyncObject *)self->lock)->map) : NULL;
-    s->bell = own;
-    atomic_store_explicit(&s->over, 0, memory_order_relaxed);
-    self->sleeper = s;
-    own_set(&s->work, s->done + 1);
+    struct mapping *lock = self->lock ? ((SyncObject *)self->lock)->map : NULL;
+    self->sleeper = sleeper_watch(&self->naps, (int)bell, self->sync->map, lock);
+    if (!self->sleeper)
+        return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
 

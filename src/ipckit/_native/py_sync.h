@@ -19,7 +19,8 @@ struct mapping {
 };
 static inline struct mapping *mapping_keep(struct mapping *map)
 {
-    atomic_fetch_add_explicit(&map->users, 1, memory_order_relaxed);
+    if (map)
+        atomic_fetch_add_explicit(&map->users, 1, memory_order_relaxed);
     return map;
 }
 void mapping_drop(struct mapping *map);
@@ -59,8 +60,15 @@ PyObject *sync_owner(struct robust_word *word); /* (pid, since in s, tid), or No
 PyObject *attempt_new(SyncObject *sync, enum claim claim, int role, PyObject *lock);
 /* What a listener watches of this lock: NULL if there is none, or one that is taken whoever died; or `wrong`, with an exception set. */
 struct mutex *mutex_to_watch(PyObject *lock, bool *wrong);
+/* Somebody who sleeps for a task: a thread of the core that writes to `bell` (an eventfd, of which it takes a copy) once one of the
+ * words is not what was seen. NULL with errno set. It is there until it is dismissed; `forks`: fork_generation when it was sent.
+ * `first`, `second`: mappings to keep for it, or NULL. */
+struct sleeper;
+struct sleeper *sleeper_watch(const struct naps *naps, int bell, struct mapping *first, struct mapping *second);
+void sleeper_dismiss(struct sleeper *sleeper, unsigned forks);
 int add_crowd_type(PyObject *module);
 int add_attempt_type(PyObject *module);
 int add_sync_types(PyObject *module);
+int add_segment_types(PyObject *module); /* py_segment.c: Exporter, Latest, LatestWatch */
 
 #endif

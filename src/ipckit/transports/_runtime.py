@@ -8,6 +8,7 @@ first, so the directory is looked at before it is used: a directory and not a li
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 from pathlib import Path
@@ -47,7 +48,11 @@ def memory_dir() -> Path:
 
 def _in_memory(path: Path) -> bool:
     """On a tmpfs, as /proc/self/mountinfo tells by device number."""
-    device = os.stat(path).st_dev
+    return _is_memory(os.stat(path).st_dev)
+
+
+@functools.cache  # half a millisecond where there are many mounts
+def _is_memory(device: int) -> bool:
     name = f"{os.major(device)}:{os.minor(device)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
         for line in mounts:

@@ -1,0 +1,165 @@
+"""The files that Segment and Latest live in: a page that says what it is, then the bytes; ours, private, and never half made.
+
+    offset 0       magic, version, 4096, size, generation, series, when it was made and by whom (native byte order)
+    offset 4096    the bytes: pages of their own, as a mapping needs it
+
+A file is written without a name (O_TMPFILE) and then linked, so whoever is killed over it leaves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import errors
+from .._url import Url
+from ..transports import _owner
+from ..transports._oserror import map_oserror
+
+HEADER = 4096
+_PAGE = struct.Struct("=8sIIQQ16sQQ")
+_MAGIC = b"ipcsegm\0"
+_VERSION = 1
+_TMPFILE_UNKNOWN = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+
+
+class Identity(NamedTuple):
+    """The page before a thing's bytes.
+
+    Attributes:
+        size: of its bytes.
+        generation: 1, and one more with each that replaces it.
+        series: what all generations have in common, and nothing else has.
+        made: seconds since the epoch; `maker`: a process id.
+    """
+
+    size: int
+    generation: int
+    series: bytes
+    made: float
+    maker: int
+
+    def page(self) -> bytes:
+        return _PAGE.pack(
+            _MAGIC, _VERSION, HEADER, self.size, self.generation, self.series, int(self.made * 1e9), self.maker
+        )
+
+
+def read_identity(fd: int) -> Identity | None:
+    """None: it is no thing of ours."""
+    page = os.pread(fd, _PAGE.size, 0)
+    if len(page) < _PAGE.size:
+        return None
+    magic, version, header, size, generation, series, made, maker = _PAGE.unpack(page)
+    if magic != _MAGIC or version != _VERSION or header != HEADER or os.fstat(fd).st_size < HEADER + size:
+        return None
+    return Identity(size, generation, series, made / 1e9, maker)
+
+
+@contextlib.contextmanager
+def mapped_errors(url: Url | None, operation: str) -> Iterator[None]:
+    """The one place where an OSError becomes ours."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, errors.IpcError):
+            raise
+        raise map_oserror(error, url or "anonymous", operation) from error
+
+
+def open_file(url: object, path: Path, flags: int = 0) -> int | None:
+    """A regular file of ours that nobody else may look into; None: there is none. Raises AccessDenied."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
+    except FileNotFoundError:
+        if flags:
+            raise
+        return None
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        wrong = "is no file of ours"
+    elif found.st_uid != os.geteuid():
+        wrong = f"belongs to uid {found.st_uid}"
+    elif found.st_mode & 0o077:
+        wrong = f"is open to others (mode {stat.S_IMODE(found.st_mode):04o})"
+    else:
+        return fd
+    os.close(fd)
+    raise errors.AccessDenied(f"{path} {wrong}", url=url, operation="open")
+
+
+def open_thing(url: object, path: Path) -> tuple[int, Identity] | None:
+    """What has the name. Raises AccessDenied, ProtocolError."""
+    fd = open_file(url, path)
+    if fd is None:
+        return None
+    identity = read_identity(fd)
+    if identity is None:
+        os.close(fd)
+        raise errors.ProtocolError(f"{path} is nothing that ipckit made", url=url, operation="open")
+    return fd, identity
+
+
+def make_thing(path: Path, identity: Identity, fill: Callable[[int], None], replace: bool = False) -> int:
+    """A file with this first page, allocated, filled, and only then given its name. Raises FileExistsError."""
+    fd, temporary = _nameless(path.parent)
+    try:
+        os.fchmod(fd, 0o600)
+        os.posix_fallocate(fd, 0, HEADER + identity.size)  # a page that is missing later would be a SIGBUS
+        os.pwrite(fd, identity.page(), 0)
+        fill(fd)
+        if not replace:
+            _link(fd, path)
+            return fd
+        if temporary is None:
+            temporary = _temporary(path.parent)  # only a name can replace a name
+            _link(fd, temporary)
+        os.rename(temporary, path)
+        temporary = None
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    finally:
+        if temporary is not None:
+            remove(temporary)
+
+
+def _nameless(directory: Path) -> tuple[int, Path | None]:
+    """A new file, and its name where the file system has none without."""
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), None
+    except OSError as error:
+        if error.errno not in _TMPFILE_UNKNOWN:
+            raise
+    temporary = _temporary(directory)
+    return os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), temporary
+
+
+def _temporary(directory: Path) -> Path:
+    return directory / f"{_owner.fresh_name()}.tmp"  # `sweep` removes it if its maker is dead
+
+
+def _link(fd: int, path: Path) -> None:
+    # With a src_dir_fd, though the path is absolute, because only then does os.link follow the link in /proc.
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
+
+
+def remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def leads_to(path: Path, fd: int) -> bool:
+    """The name is this file's."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, os.fstat(fd))
