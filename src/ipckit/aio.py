@@ -30,6 +30,7 @@ from .rpc._aserver import aserve as serve
 from .rpc.contract import Service, rpc
 
 if TYPE_CHECKING:
+    from .sync.memory_tasks import Latest, Segment
     from .sync.tasks import Barrier, BoundedSemaphore, Condition, Event, Lock, RLock, RWLock, Semaphore
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Client",
     "Condition",
     "Event",
+    "Latest",
     "Listener",
     "Lock",
     "Message",
@@ -46,6 +48,7 @@ __all__ = [
     "RLock",
     "RWLock",
     "Receiver",
+    "Segment",
     "Semaphore",
     "Sender",
     "Server",
@@ -64,12 +67,17 @@ __all__ = [
     "subscriber",
 ]
 
-_LOCKS = {"Barrier", "BoundedSemaphore", "Condition", "Event", "Lock", "RLock", "RWLock", "Semaphore"}
+#: What is imported when it is first asked for, and from where.
+_LATER = {
+    **dict.fromkeys(
+        ("Barrier", "BoundedSemaphore", "Condition", "Event", "Lock", "RLock", "RWLock", "Semaphore"), ".sync.tasks"
+    ),
+    **dict.fromkeys(("Latest", "Segment"), ".sync.memory_tasks"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The locks are imported when they are first asked for."""
-    if name not in _LOCKS:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(".sync.tasks", __package__), name)
+    value = globals()[name] = getattr(importlib.import_module(_LATER[name], __package__), name)
     return value

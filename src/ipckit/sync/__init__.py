@@ -10,13 +10,32 @@ somebody repairs what it guards (`with lock.recover():`). `ipckit.aio` has the s
     _home.py         where they live: a file in memory by name, or a memfd without; how they reach children
     _verdict.py      what the native core decides, as exceptions
     tasks.py         the same for tasks of an event loop
+
+And memory that goes with the last who uses it: `Segment` (bytes by name, growing) and `Latest` (the newest value, never torn).
+
+    _tenancy.py      who is attached, who is the last, who may change what a name leads to
+    _files.py        the files they live in
+    memory_tasks.py  the same for tasks of an event loop
 """
 
 from .barrier import Barrier
 from .condition import Condition
 from .event import Event
+from .latest import Latest
 from .lock import Lock, RLock
 from .rwlock import RWLock
+from .segment import Segment
 from .semaphore import BoundedSemaphore, Semaphore
 
-__all__ = ["Barrier", "BoundedSemaphore", "Condition", "Event", "Lock", "RLock", "RWLock", "Semaphore"]
+__all__ = [
+    "Barrier",
+    "BoundedSemaphore",
+    "Condition",
+    "Event",
+    "Latest",
+    "Lock",
+    "RLock",
+    "RWLock",
+    "Segment",
+    "Semaphore",
+]

@@ -286,7 +286,7 @@ def opening(url: Url, of: Any, size: int | str | None) -> Steps[Latest[Any]]:
 
 
 def no_news(url: Url, timeout: float | None) -> errors.Timeout:
-    return errors.Timeout(f"no newer value within {timeout:g} s", url=url, operation="wait")
+    return errors.Timeout(f"no newer value within {timeout or 0:g} s", url=url, operation="wait")
 
 
 def _reopen(url: Url, of: Any, size: int | str | None) -> Latest[Any]:

@@ -22,6 +22,7 @@ SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _LIMITS = {
     errno.EMFILE: "raise `ulimit -n`, or close what is not used",
     errno.ENFILE: "the system's table of files is full: fs.file-max",
+    errno.EFBIG: "no file of this file system is as large",
     errno.ENOSPC: "the file system is full, or a quota is",
 }
 
