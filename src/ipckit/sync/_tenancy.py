@@ -268,17 +268,16 @@ def _enter(
 def resize(url: Url, tenant: Tenant, ours: Identity, size: int) -> Steps[None]:
     """Replace the newest generation by one of `size` bytes that begins alike. Raises NotFound if the name is gone."""
     changing = yield from _change(url, tenant.path, "resize")
-    gone = errors.NotFound("the name was removed", url=url, operation="resize")
     if changing is None:
-        raise gone
+        raise _gone(url)
     with changing:
         found = open_thing(url, tenant.path)
         if found is None:
-            raise gone
+            raise _gone(url)
         fd, newest = found
         try:
             if newest.series != ours.series:
-                raise gone
+                raise _gone(url)
             if newest.size == size:
                 return
             following = Identity(size, newest.generation + 1, newest.series, newest.made, newest.maker)
@@ -286,6 +285,10 @@ def resize(url: Url, tenant: Tenant, ours: Identity, size: int) -> Steps[None]:
             os.close(made)
         finally:
             os.close(fd)
+
+
+def _gone(url: Url) -> errors.NotFound:
+    return errors.NotFound("the name was removed", url=url, operation="resize")
 
 
 def _copy(source: int, target: int, size: int) -> None:
