@@ -370,7 +370,7 @@ static PyObject *latest_watch(PyObject *object, PyObject *args)
     Watch *watch = (Watch *)allocate((PyTypeObject *)watch_type, 0);
     if (!watch)
         return NULL;
-    struct naps naps = {.count = 1, .at[0] = {latest_word(&self->view), (uint32_t)seen, false}};
+    struct naps naps = {.count = 1, .at[0] = {.word = latest_word(&self->view), .seen = (uint32_t)seen}, .at_most = 1000000000};
     watch->forks = fork_generation;
     watch->latest = (Latest *)Py_NewRef(object);
     self->inside++; /* the memory stays while the sleeper may look at it */
