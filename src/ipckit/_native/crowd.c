@@ -99,6 +99,22 @@ static struct slot *eldest(struct sync_object *o)
     return found;
 }
 
+uint32_t crowd_flags(struct sync_object *o)
+{
+    uint32_t flags = LOAD(o->crowd.flags);
+    for (uint32_t i = 0; i < high(o); i++) {
+        struct slot *s = &o->slots[i];
+        uint32_t role = LOAD(s->role);
+        if (!dead(s))
+            continue;
+        if (inside(s) && (role == ROLE_WRITE || role == ROLE_RECOVER))
+            flags |= CROWD_ABANDONED;
+        if (role == ROLE_PARTY && (waits(s) || LOAD(o->crowd.running) == i + 1))
+            flags |= CROWD_BROKEN;
+    }
+    return flags;
+}
+
 uint32_t crowd_count(struct sync_object *o, enum role role, bool waiting)
 {
     uint32_t count = 0;

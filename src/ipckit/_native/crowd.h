@@ -39,6 +39,8 @@ void event_set(struct sync_object *o);
 void event_clear(struct sync_object *o);
 enum verdict event_try(struct sync_object *o, struct attempt *attempt, struct naps *naps);
 
+/* enum crowd_flags, as the next to come will find them: the dead whom nobody has buried yet count. A glance. */
+uint32_t crowd_flags(struct sync_object *o);
 /* How many are in (`waiting` false) or wait in this role; a glance. */
 uint32_t crowd_count(struct sync_object *o, enum role role, bool waiting);
 /* Units that are free. */

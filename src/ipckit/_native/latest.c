@@ -65,11 +65,11 @@ static void wake(const struct latest_view *view, uint64_t number)
     uint64_t waiting = atomic_load_explicit(&view->at->waiting, memory_order_seq_cst);
     if (waiting == 0)
         return;
-    STEP(54);
+    STEP(74);
     /* What is waited for beyond this number stays announced: its waiter may not be asleep yet, and will not be woken now. */
     if (waiting <= number)
         atomic_compare_exchange_strong_explicit(&view->at->waiting, &waiting, 0, memory_order_seq_cst, memory_order_seq_cst);
-    STEP(55);
+    STEP(75);
     syscall(SYS_futex, latest_word(view), FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
@@ -77,10 +77,10 @@ uint64_t latest_write(const struct latest_view *view, const void *data, uint64_t
 {
     uint64_t number = atomic_load_explicit(&view->at->current, memory_order_relaxed) + 1;
     struct latest_slot *slot = slot_of(view, number);
-    STEP(50);
+    STEP(70);
     /* SYNC POINT: slot is rewritten */
     atomic_store_explicit(&slot->number, 0, memory_order_release);
-    STEP(51);
+    STEP(71);
     atomic_store_explicit(&slot->length, length, memory_order_release);
     const char *from = data;
     for (uint64_t i = 0; i < length / 8; i++) {
@@ -93,13 +93,13 @@ uint64_t latest_write(const struct latest_view *view, const void *data, uint64_t
         memcpy(&word, from + length / 8 * 8, length % 8);
         atomic_store_explicit(&slot->words[length / 8], word, memory_order_release);
     }
-    STEP(52);
+    STEP(72);
     atomic_store_explicit(&slot->number, number, memory_order_release);
-    STEP(53);
+    STEP(73);
     /* SYNC POINT: value is published; and waits or is published */
     atomic_exchange_explicit(&view->at->current, number, memory_order_seq_cst);
     wake(view, number);
-    STEP(56);
+    STEP(76);
     return number;
 }
 

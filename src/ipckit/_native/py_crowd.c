@@ -225,8 +225,8 @@ static PyObject *crowd_value(PyObject *object, PyObject *unused)
 static PyObject *crowd_flags_(PyObject *object, PyObject *unused)
 {
     (void)unused;
-    struct crowd *crowd = &((SyncObject *)object)->o->crowd;
-    return Py_BuildValue("II", atomic_load(&crowd->flags), atomic_load(&crowd->limit));
+    struct sync_object *o = ((SyncObject *)object)->o;
+    return Py_BuildValue("II", crowd_flags(o), atomic_load(&o->crowd.limit));
 }
 
 /* ((slot + 1, role, waits, (pid, since, tid)), ...) */

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import IpcError, MissingDependency
-from . import bench, contract, transports
+from . import bench, contract, gc, locks, transports
 
-COMMANDS = (bench, contract, transports)
+COMMANDS = (bench, contract, gc, locks, transports)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

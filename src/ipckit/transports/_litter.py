@@ -1,0 +1,173 @@
+"""What dead processes left of transports, found by the rules by which it was made. `ipckit gc` removes it.
+
+    NAME.sock  .shm  .zmq  .grpc  .fifo  .mq     with NAME.*.lock beside it: whoever listens holds a flock on that (_unixsock)
+    fifo/PID.START.N.up  .down                   a handshake's FIFOs: their maker's name is theirs (_owner)
+    mq/PID.START.N                               the record of a kernel queue, likewise; the queue goes first
+    PID.START.N.tmp                              a file that was about to get its name, likewise
+
+Nothing else is looked at, and nothing of it is removed that is not ours, of the kind that we make, and dead when it is removed. A
+name whose socket somebody serves without our lock is another program's. `NAME.fifo.d` and `NAME.mq.d` are queues: what is in
+them belongs to whoever comes for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from . import _owner
+
+_SOCKETS = (".sock", ".shm", ".zmq", ".grpc")
+_KINDS = (*_SOCKETS, ".fifo", ".mq")
+
+
+@dataclass(frozen=True, slots=True)
+class Litter:
+    """Something that nobody uses any more.
+
+    Attributes:
+        path: where; what: in words.
+        remove: removes it if that is still so; whether it did.
+    """
+
+    path: str
+    what: str
+    remove: Callable[[], bool]
+
+
+def find(runtime: Path, default: Path) -> Iterator[Litter]:
+    """What the dead left of transports in the runtime directory; of kernel queues in the user's default one."""
+    for lock in sorted(runtime.glob("*.lock")):
+        path = lock.with_suffix("")
+        if path.suffix in _KINDS and bury_name(path, look=True):
+            yield Litter(str(path), f"the name of a dead {path.suffix[1:]} listener", partial(bury_name, path))
+    for directory, what, suffixes in (
+        (runtime, "a file that never got its name", (".tmp",)),
+        (runtime / "fifo", "a FIFO of a handshake", (".up", ".down")),
+    ):
+        for path in owned(directory):
+            if path.suffix in suffixes:
+                yield Litter(str(path), what, partial(bury_owned, path))
+    for path in owned(default / "mq"):
+        if _owner.NAME.fullmatch(path.name):
+            yield Litter(str(path), "a kernel message queue and its record", partial(_bury_queue, path))
+
+
+# -- by owner -------------------------------------------------------------------------------------------------------------
+
+
+def owned(directory: Path) -> list[Path]:
+    """Things in a directory whose makers are dead."""
+    found: list[Path] = []
+    _owner.sweep(directory, lambda name: found.append(directory / name))
+    return sorted(found)
+
+
+def _file_or_fifo(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISFIFO(mode)
+
+
+def bury_owned(path: Path, kinds: Callable[[int], bool] = _file_or_fifo) -> bool:
+    """Remove it if it is ours, of this kind, and its maker dead; whether it did."""
+    owner = _owner.owner_of(path.name)
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if owner is not None and not owner.alive() and found.st_uid == os.geteuid() and kinds(found.st_mode):
+            os.unlink(path)
+            return True
+    return False
+
+
+def _bury_queue(record: Path) -> bool:
+    """The queue first: as long as it exists, its record does."""
+    owner = _owner.owner_of(record.name)
+    if owner is None or owner.alive():
+        return False
+    try:
+        import posix_ipc
+    except ImportError:
+        return False  # who removes the record without the queue loses the queue
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_message_queue(f"/ipckit.{os.geteuid()}.{record.name}")
+    return bury_owned(record, stat.S_ISFIFO)
+
+
+# -- by lock --------------------------------------------------------------------------------------------------------------
+
+
+def bury_name(path: Path, look: bool = False) -> bool:
+    """Remove a listener's name and lock if nobody holds the lock and nobody serves the name; whether it did. `look`: would it?"""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        fd = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(lock), found) and not _served(path):
+                if not look:
+                    # With the lock: whoever wants the name waits for it, or looks again and finds another lock file.
+                    for each in (path, path.with_name(path.name + ".new"), lock):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(each)
+                return True
+        return False
+    finally:
+        os.close(fd)
+
+
+def _served(path: Path) -> bool:
+    """Somebody uses what has this name without our lock, or it is none of ours."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    if found.st_uid != os.geteuid():
+        return True
+    if path.suffix == ".fifo":
+        return not stat.S_ISFIFO(found.st_mode) or _has_reader(path)
+    if path.suffix == ".mq":
+        return not stat.S_ISREG(found.st_mode)
+    return not stat.S_ISSOCK(found.st_mode) or _listens(path)
+
+
+def _has_reader(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.ENXIO
+    return True
+
+
+def _listens(path: Path) -> bool:
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
+            with socket.socket(socket.AF_UNIX, kind) as probe:
+                probe.setblocking(False)
+                try:
+                    probe.connect(f"/proc/self/fd/{directory}/{path.name}")  # whatever the length of its path
+                except ConnectionRefusedError:
+                    return False
+                except OSError as error:
+                    if error.errno == errno.EPROTOTYPE:
+                        continue
+                return True
+        return True
+    finally:
+        os.close(directory)
