@@ -120,7 +120,11 @@ def make_thing(path: Path, identity: Identity, fill: Callable[[int], None], repl
         if temporary is None:
             temporary = _temporary(path.parent)  # only a name can replace a name
             _link(fd, temporary)
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except FileNotFoundError:  # swept by one who cannot see our process: in another container, say
+            _link(fd, temporary)
+            os.rename(temporary, path)
         temporary = None
         return fd
     except BaseException:
