@@ -173,6 +173,22 @@ def test_an_abandoned_lock_is_kept(there, capsys):
     assert capsys.readouterr().out == "nothing to remove\n"
 
 
+def test_notes_of_dead_waiters_go(runtime_dir, there, capsys):  # noqa: F811
+    held = Lock("shm://lock", debug=True)
+
+    def wait():
+        threading.Thread(target=Lock("shm://lock", debug=True).acquire, daemon=True).start()
+        until(lambda: any(runtime_dir.glob("waits/*")))
+
+    with held:
+        child = Child(wait)
+        assert gc(capsys) == []
+        child.kill()
+        left = [str(path) for path in runtime_dir.glob("waits/*")]
+        assert gc(capsys) == sorted(left)
+    assert there() == [str(runtime_dir / "lock.sync")]
+
+
 # -- the living -----------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +238,7 @@ def test_a_strangers_things_are_never_touched(runtime_dir, default_dir, there, c
     main(["gc"])
     (runtime_dir / "fifo").mkdir(mode=0o700, exist_ok=True)
     (default_dir / "mq").mkdir(mode=0o700, exist_ok=True)
+    (runtime_dir / "waits").mkdir(mode=0o700)
     dead = "999999999.1.1"
     for name in (
         "notes.txt",
@@ -234,6 +251,8 @@ def test_a_strangers_things_are_never_touched(runtime_dir, default_dir, there, c
         "fifo/notes",
         f"fifo/{dead}.other",
         "queue.mq.d.lock",
+        "waits/notes",
+        f"waits/{os.getpid()}",
     ):
         (runtime_dir / name).write_text("mine")
     (runtime_dir / "data.segment.lock").write_text("mine")

@@ -81,10 +81,12 @@ DTYPE = np.dtype([("x", "f8"), ("n", "i4")])
         (Pose, Pose(1.5, 3), lambda found: (found.x, found.n) == (1.5, 3)),
         (DTYPE, (1.5, 3), lambda found: (found["x"], found["n"]) == (1.5, 3)),
         (np.dtype("f4"), 2.5, lambda found: found == 2.5),
+        (np.float64, 2.5, lambda found: found == 2.5),
+        (np.dtype((np.int16, (2, 3))), np.eye(2, 3), lambda found: found.tolist() == [[1, 0, 0], [0, 1, 0]]),
         (Order, Order("a", 1), lambda found: found == Order("a", 1)),
         (dict[str, int], {"a": 1}, lambda found: found == {"a": 1}),
     ],
-    ids=["ctypes", "numpy", "scalar", "dataclass", "dict"],
+    ids=["ctypes", "record", "scalar", "scalar type", "array", "dataclass", "dict"],
 )
 def test_types(of, value, same):
     with Latest(URL, of) as writer, Latest(URL, of) as reader:
@@ -99,6 +101,8 @@ def test_types(of, value, same):
 def test_values_of_another_type_are_refused():
     with Latest(URL, Pose) as latest, pytest.raises(errors.CodecError):
         latest.write(b"12")
+    with Latest(URL, np.dtype(("f8", 3))) as latest, pytest.raises(errors.CodecError):
+        latest.write([1.0, 2.0])
     with Latest(URL, Order) as writer, Latest(URL, dict[str, str]) as reader:
         writer.write(Order("a", 1))
         with pytest.raises(errors.SchemaError):

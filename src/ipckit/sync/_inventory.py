@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import re
 import stat
 import struct
 import time
@@ -44,6 +45,7 @@ _ROLES = {UNIT: "unit", READ: "reads", WRITE: "writes", PARTY: "waits", LISTENER
 _ABANDONED = 0x4000_0000
 _HEADER = struct.Struct("=8sII")  # magic, version, kind: sync_layout.h
 _MUTEX_AT = 64
+_WAIT = re.compile(r"([1-9]\d{0,9})(?:\.new)?")  # what _deadlock names its notes: thread ids
 _FUTEX = {"x86_64": 202}.get(platform.machine(), 98)  # the number of the system call
 
 
@@ -114,6 +116,9 @@ def litter(directory: Path, *, with_abandoned: bool = False) -> Iterator[Litter]
     for path in owned(directory):
         if path.suffix == ".tmp":
             yield Litter(str(path), "a file that never got its name", partial(bury_owned, path))
+    for path in sorted((directory / "waits").glob("*")):
+        if _bury_wait(path, look=True):
+            yield Litter(str(path), "the note of a thread that waited", partial(_bury_wait, path))
 
 
 # -- synchronisation objects ------------------------------------------------------------------------------------------------
@@ -239,6 +244,25 @@ def _bury_object(path: Path, with_abandoned: bool) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def _bury_wait(path: Path, look: bool = False) -> bool:
+    """Remove a note of `_deadlock` whose thread is gone; whether it did. `look`: would it?"""
+    name = _WAIT.fullmatch(path.name)
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    if (
+        name is None
+        or not stat.S_ISREG(found.st_mode)
+        or found.st_uid != os.geteuid()
+        or os.path.exists(f"/proc/{name[1]}")
+    ):
+        return False
+    if not look:
+        path.unlink(missing_ok=True)
+    return True
 
 
 # -- segments ---------------------------------------------------------------------------------------------------------------

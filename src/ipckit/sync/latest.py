@@ -63,11 +63,12 @@ def shape_of(of: Any, size: int | str | None) -> Shape:
     dtype = numpy.dtype(of)
     if dtype.hasobject:
         raise errors.BadOption("a dtype with objects cannot be shared: they are addresses in this process")
+    base, shape = dtype.subdtype or (dtype, ())  # an array of so many rows and columns is one value
     return Shape(
         size_of(dtype.itemsize),
         True,
-        lambda value: numpy.asarray(value, dtype).tobytes(),
-        lambda data: numpy.frombuffer(data, dtype)[0],
+        lambda value: numpy.asarray(value, base).tobytes(),
+        lambda data: numpy.frombuffer(data, base).reshape(shape)[()],
     )
 
 
