@@ -148,6 +148,26 @@ def test_half_made_things_go(runtime_dir, capsys):  # noqa: F811
     assert list(runtime_dir.iterdir()) == []
 
 
+def test_a_generation_that_never_took_its_place_goes(runtime_dir, capsys):  # noqa: F811
+    """Its maker was killed; others are attached, and keep what they have."""
+    with Segment("shm://segment", 10) as segment:
+        aside = runtime_dir / "segment.segment.lock.next"
+        aside.touch(0o600)
+        fd = os.open(runtime_dir / "segment.segment.lock", os.O_RDWR)
+        assert _tenancy.try_record(fd, 0)
+        assert gc(capsys) == []  # its maker is at it
+        os.close(fd)
+        assert gc(capsys, "--dry-run") == [str(aside)]
+        assert aside.exists()
+        assert gc(capsys) == [str(aside)]
+        assert not aside.exists()
+        aside.touch(0o600)
+        Segment("shm://segment").close()  # whoever comes by does the same
+        assert not aside.exists()
+        segment.resize(20)
+        assert gc(capsys) == []
+
+
 def test_an_abandoned_lock_is_kept(there, capsys):
     def act():
         with contextlib.ExitStack() as stack:
@@ -205,7 +225,7 @@ def test_nothing_alive_is_removed(there, capsys):
         assert not _litter.bury_owned(name)
         assert not _litter._bury_queue(name)
         assert not _inventory._bury_object(name, True)
-        assert not _inventory._bury_thing(name)
+        assert not _tenancy.bury_at_once(name)
     assert there() == before
     for scheme, listener in zip(LISTENERS, here[-len(LISTENERS) :], strict=True):
         answered = []
@@ -256,6 +276,9 @@ def test_a_strangers_things_are_never_touched(runtime_dir, default_dir, there, c
     ):
         (runtime_dir / name).write_text("mine")
     (runtime_dir / "data.segment.lock").write_text("mine")
+    (runtime_dir / "alone.segment.lock").write_text("mine")
+    (runtime_dir / "alone.segment.lock.next").write_text("mine")
+    (runtime_dir / "alone.segment.lock").chmod(0o600)
     (runtime_dir / "plain.sock").write_text("a file, and a lock that nobody holds")
     (runtime_dir / "plain.sock.lock").touch(0o600)
     (default_dir / "mq" / "notes").write_text("mine")
@@ -276,10 +299,13 @@ def test_a_strangers_things_are_never_touched(runtime_dir, default_dir, there, c
         other.touch(0o600)
         os.chown(other, 12345, 12345)
     before = there()
-    assert gc(capsys, "--abandoned") == []
+    assert gc(capsys, "--abandoned", "--dry-run") == gc(capsys, "--abandoned") == []
     assert there() == before
     assert main(["locks", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+    with Segment("shm://mine", 10):  # which removes what the dead left, before it takes memory
+        pass
+    assert there() == before
     server.close()
     os.close(reader)
     assert gc(capsys) == sorted(str(runtime_dir / name) for name in ("other.sock", "read.fifo"))

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from .. import errors
 from .._url import Url
-from ..transports import _owner
 from ..transports._oserror import map_oserror
 
 HEADER = 4096
@@ -106,9 +105,12 @@ def open_thing(url: object, path: Path) -> tuple[int, Identity] | None:
     return fd, identity
 
 
-def make_thing(path: Path, identity: Identity, fill: Callable[[int], None], replace: bool = False) -> int:
-    """A file with this first page, allocated, filled, and only then given its name. Raises FileExistsError."""
-    fd, temporary = _nameless(path.parent)
+def make_thing(path: Path, identity: Identity, fill: Callable[[int], None], aside: Path, replace: bool = False) -> int:
+    """A file with this first page, allocated, filled, and only then given its name. Raises FileExistsError.
+
+    `aside`: a name for it until then, where it needs one: nobody has it, and whoever comes next removes what is there.
+    """
+    fd, named = _new_file(aside)
     try:
         os.fchmod(fd, 0o600)
         os.posix_fallocate(fd, 0, HEADER + identity.size)  # a page that is missing later would be a SIGBUS
@@ -117,37 +119,28 @@ def make_thing(path: Path, identity: Identity, fill: Callable[[int], None], repl
         if not replace:
             _link(fd, path)
             return fd
-        if temporary is None:
-            temporary = _temporary(path.parent)  # only a name can replace a name
-            _link(fd, temporary)
-        try:
-            os.rename(temporary, path)
-        except FileNotFoundError:  # swept by one who cannot see our process: in another container, say
-            _link(fd, temporary)
-            os.rename(temporary, path)
-        temporary = None
+        if not named:
+            _link(fd, aside)  # only a name can replace a name
+            named = True
+        os.rename(aside, path)
+        named = False
         return fd
     except BaseException:
         os.close(fd)
         raise
     finally:
-        if temporary is not None:
-            remove(temporary)
+        if named:
+            remove(aside)
 
 
-def _nameless(directory: Path) -> tuple[int, Path | None]:
-    """A new file, and its name where the file system has none without."""
+def _new_file(aside: Path) -> tuple[int, bool]:
+    """A new file, without a name where the file system allows that; whether it has one."""
     try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), None
+        return os.open(aside.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), False
     except OSError as error:
         if error.errno not in _TMPFILE_UNKNOWN:
             raise
-    temporary = _temporary(directory)
-    return os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), temporary
-
-
-def _temporary(directory: Path) -> Path:
-    return directory / f"{_owner.fresh_name()}.tmp"  # `sweep` removes it if its maker is dead
+    return os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), True
 
 
 def _link(fd: int, path: Path) -> None:

@@ -109,10 +109,14 @@ def litter(directory: Path, *, with_abandoned: bool = False) -> Iterator[Litter]
         if path.suffix == _home.SUFFIX:
             yield Litter(thing.path, words, partial(_bury_object, path, with_abandoned))
         else:
-            yield Litter(thing.path, words, partial(_bury_thing, path))
+            yield Litter(thing.path, words, partial(_tenancy.bury_at_once, path))
     for path in _tenancy.names(directory):
         if not path.exists() and _tenancy.is_dead(path):
-            yield Litter(str(path) + ".lock", "a lock without its segment", partial(_bury_thing, path))
+            yield Litter(str(path) + ".lock", "a lock without its segment", partial(_tenancy.bury_at_once, path))
+    for path in _tenancy.names(directory):
+        aside = _tenancy.half_made(path)
+        if aside is not None and not _tenancy.is_dead(path):
+            yield Litter(str(aside), "a generation that never took its place", partial(_tenancy.pass_by, path))
     for path in owned(directory):
         if path.suffix == ".tmp":
             yield Litter(str(path), "a file that never got its name", partial(bury_owned, path))
@@ -302,16 +306,6 @@ def _look_at_latest(path: Path, fd: int, identity: Identity) -> tuple[str, list[
         finally:
             os.close(lock)
     return f"value {newest._number()}", holders
-
-
-def _bury_thing(path: Path) -> bool:
-    try:
-        found = open_thing(None, path)
-        if found is not None:
-            os.close(found[0])
-        return _tenancy.drive_once(_tenancy.bury(path, lockless=found is not None))
-    except (OSError, errors.IpcError):
-        return False
 
 
 # -- processes --------------------------------------------------------------------------------------------------------------

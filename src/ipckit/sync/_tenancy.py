@@ -2,6 +2,7 @@
 
     NAME.segment         the thing: a page that says what it is, and its bytes. Whole from the first moment, replaced in one step
     NAME.segment.lock    empty, and the same for as long as anybody is attached, whatever replaces the thing
+    NAME.segment.lock.next    the next generation, for the moment before it takes the place of the thing
 
 Two locks on the second file, both of which the kernel takes back from the killed:
 
@@ -30,7 +31,7 @@ from .. import errors
 from .._spi import Steps, Wait
 from .._url import Url
 from .._wait import Gate, Lane, run
-from ..transports import _owner
+from ..transports._litter import bury_owned, owned
 from ._files import HEADER, Identity, leads_to, make_thing, open_file, open_thing, remove
 
 T = TypeVar("T")
@@ -46,6 +47,10 @@ _CHANGE, WRITER = 0, 1  # the bytes of the lock file that record locks are about
 
 def lock_path(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".lock.next")
 
 
 # -- locks --------------------------------------------------------------------------------------------------------------
@@ -105,7 +110,9 @@ class _Changing:
             os.close(self.fd)
 
 
-def _change(url: Url | None, path: Path, operation: str, *, make: bool = False) -> Steps[_Changing | None]:
+def _change(
+    url: Url | None, path: Path, operation: str, *, make: bool = False, look: bool = False
+) -> Steps[_Changing | None]:
     """Wait for the right to. None: there is no lock file, and so no thing. Raises Timeout."""
     lock, pause = lock_path(path), 0.0005
     while True:
@@ -118,6 +125,8 @@ def _change(url: Url | None, path: Path, operation: str, *, make: bool = False) 
                 raise errors.ProtocolError(f"{lock} is no lock of ours", url=url, operation=operation)
             held = try_record(fd, _CHANGE)
             if held and leads_to(lock, fd):
+                if not look:
+                    remove(_aside(path))  # somebody was killed over it
                 return _Changing(fd)
             if held:
                 _drop_record(fd)
@@ -249,7 +258,7 @@ def _enter(
         if fd < 0 and mode != "attach":
             sweep(path.parent)
             identity = Identity(size, 1, os.urandom(16), time.time(), os.getpid())
-            fd = make_thing(path, identity, fill)
+            fd = make_thing(path, identity, fill, _aside(path))
         if fd >= 0:
             return Tenant(path, changing.keep()), fd, identity
     except BaseException:
@@ -281,7 +290,10 @@ def resize(url: Url, tenant: Tenant, ours: Identity, size: int) -> Steps[None]:
             if newest.size == size:
                 return
             following = Identity(size, newest.generation + 1, newest.series, newest.made, newest.maker)
-            made = make_thing(tenant.path, following, lambda to: _copy(fd, to, min(size, newest.size)), replace=True)
+            common = min(size, newest.size)
+            made = make_thing(
+                tenant.path, following, lambda to: _copy(fd, to, common), _aside(tenant.path), replace=True
+            )
             os.close(made)
         finally:
             os.close(fd)
@@ -332,18 +344,48 @@ def bury(path: Path, *, lockless: bool = False) -> Steps[bool]:
         return True
 
 
+def bury_at_once(path: Path) -> bool:
+    """`bury`, unless somebody is in the middle of a change; and also what has lost its lock. Whether it did."""
+    try:
+        found = open_thing(None, path)
+        if found is not None:
+            os.close(found[0])
+        return bool(_at_once(bury(path, lockless=found is not None)))
+    except (OSError, errors.IpcError):  # a stranger's
+        return False
+
+
 def is_dead(path: Path) -> bool:
     """Nobody is attached, and nobody comes or goes: `bury` would remove it. A glance."""
-    asking = _change(None, path, "look")
-    try:
-        next(asking)
-    except StopIteration as stop:
-        changing: _Changing | None = stop.value
-        if changing is None:
-            return False
-        with changing:
-            return changing.alone()
-    asking.close()
+    with contextlib.suppress(OSError, errors.IpcError):  # a stranger's
+        changing = _at_once(_change(None, path, "look", look=True))
+        if changing is not None:
+            with changing:
+                return changing.alone()
+    return False
+
+
+def half_made(path: Path) -> Path | None:
+    """A next generation whose maker was killed before it took its place. Removed by whoever comes by next."""
+    aside = _aside(path)
+    with contextlib.suppress(OSError, errors.IpcError):
+        fd = open_file(None, lock_path(path)) if aside.exists() else None
+        if fd is not None:
+            try:
+                return None if os.fstat(fd).st_size or record_is_held(fd, _CHANGE) else aside
+            finally:
+                os.close(fd)
+    return None
+
+
+def pass_by(path: Path) -> bool:
+    """Remove what is half made; whether there was something."""
+    found = half_made(path) is not None
+    with contextlib.suppress(OSError, errors.IpcError):
+        changing = _at_once(_change(None, path, "look"))
+        if changing is not None:
+            with changing:
+                return found
     return False
 
 
@@ -353,24 +395,13 @@ def names(directory: Path) -> list[Path]:
     return sorted({each.with_suffix("") if each.suffix == ".lock" else each for each in found if each.suffix in _ENDS})
 
 
-def sweep(directory: Path) -> list[Path]:
-    """Remove what the dead left in a directory: before memory is taken, so a crash holds it no longer than that. What it was."""
-    removed = []
+def sweep(directory: Path) -> None:
+    """Remove what the dead left in a directory: before memory is taken, so a crash holds it no longer than that."""
     for path in names(directory):
-        with contextlib.suppress(OSError, errors.IpcError):
-            found = open_thing(None, path)
-            if found is not None:
-                os.close(found[0])
-            if drive_once(bury(path, lockless=found is not None)):
-                removed.append(path)
-
-    def sweep_one(name: str) -> None:
-        if name.endswith(".tmp"):
-            remove(directory / name)
-            removed.append(directory / name)
-
-    _owner.sweep(directory, sweep_one)
-    return removed
+        bury_at_once(path)
+    for path in owned(directory):
+        if path.suffix == ".tmp":
+            bury_owned(path)
 
 
 def patience(timeout: float | None) -> float | None:
@@ -378,11 +409,12 @@ def patience(timeout: float | None) -> float | None:
     return None if timeout is None else max(timeout, CONTENTION)
 
 
-def drive_once(steps: Steps[bool]) -> bool:
-    """What comes of it without waiting; False if it had to."""
+def _at_once(steps: Steps[T]) -> T | None:
+    """What comes of it without waiting; None if it had to wait."""
     try:
         next(steps)
     except StopIteration as stop:
-        return bool(stop.value)
+        result: T = stop.value
+        return result
     steps.close()
-    return False
+    return None

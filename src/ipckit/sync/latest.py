@@ -155,22 +155,19 @@ class Latest(_native.Latest, Generic[T]):
     def _claim(self) -> None:
         """Become the one who writes, until close(), exit or death."""
         self._give_up_writing()
-        # A descriptor with locks of its own: a copy of the tenant's would share them with forked children.
-        fd = os.open(f"/proc/self/fd/{self._tenant.lock}", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if not _tenancy.try_record(fd, _tenancy.WRITER):
-                who = self._writer()
-                raise errors.AddressInUse(
-                    f"another one writes ({f'process {who}' if who else 'it has just begun'})",
-                    url=self.url,
-                    operation="write",
-                    hint="one at a time: it must close() or end",
-                )
-        except BaseException:
-            os.close(fd)
-            raise
-        self._writer_fd = fd
+        # A descriptor with locks of its own: a copy of the tenant's would share them with forked children. It is ours before it
+        # is locked, so that a child that another thread forks meanwhile gives it back.
         _writing.add(self)
+        self._writer_fd = os.open(f"/proc/self/fd/{self._tenant.lock}", os.O_RDWR | os.O_CLOEXEC)
+        if not _tenancy.try_record(self._writer_fd, _tenancy.WRITER):
+            self._give_up_writing()
+            who = self._writer()
+            raise errors.AddressInUse(
+                f"another one writes ({f'process {who}' if who else 'it has just begun'})",
+                url=self.url,
+                operation="write",
+                hint="one at a time: it must close() or end",
+            )
 
     def _give_up_writing(self) -> None:
         fd, self._writer_fd = self._writer_fd, -1

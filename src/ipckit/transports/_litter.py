@@ -78,7 +78,7 @@ def _file_or_fifo(mode: int) -> bool:
 def bury_owned(path: Path, kinds: Callable[[int], bool] = _file_or_fifo) -> bool:
     """Remove it if it is ours, of this kind, and its maker dead; whether it did."""
     owner = _owner.owner_of(path.name)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         found = os.lstat(path)
         if owner is not None and not owner.alive() and found.st_uid == os.geteuid() and kinds(found.st_mode):
             os.unlink(path)
