@@ -56,7 +56,7 @@ def find(runtime: Path, default: Path) -> Iterator[Litter]:
         for path in owned(directory):
             if path.suffix in suffixes:
                 yield Litter(str(path), what, partial(bury_owned, path))
-    for path in owned(default / "mq"):
+    for path in owned(default / "mq", stat.S_ISFIFO):
         if _owner.NAME.fullmatch(path.name):
             yield Litter(str(path), "a kernel message queue and its record", partial(_bury_queue, path))
 
@@ -64,32 +64,40 @@ def find(runtime: Path, default: Path) -> Iterator[Litter]:
 # -- by owner -------------------------------------------------------------------------------------------------------------
 
 
-def owned(directory: Path) -> list[Path]:
-    """Things in a directory whose makers are dead."""
-    found: list[Path] = []
-    _owner.sweep(directory, lambda name: found.append(directory / name))
-    return sorted(found)
-
-
 def _file_or_fifo(mode: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISFIFO(mode)
+
+
+def owned(directory: Path, kinds: Callable[[int], bool] = _file_or_fifo) -> list[Path]:
+    """Things of ours in a directory, of some kinds, whose makers are dead."""
+    found: list[Path] = []
+    _owner.sweep(directory, lambda name: found.append(directory / name))
+    return sorted(path for path in found if _is_ours(path, kinds))
+
+
+def _is_ours(path: Path, kinds: Callable[[int], bool]) -> bool:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return found.st_uid == os.geteuid() and kinds(found.st_mode)
 
 
 def bury_owned(path: Path, kinds: Callable[[int], bool] = _file_or_fifo) -> bool:
     """Remove it if it is ours, of this kind, and its maker dead; whether it did."""
     owner = _owner.owner_of(path.name)
+    if owner is None or owner.alive() or not _is_ours(path, kinds):
+        return False
     with contextlib.suppress(OSError):
-        found = os.lstat(path)
-        if owner is not None and not owner.alive() and found.st_uid == os.geteuid() and kinds(found.st_mode):
-            os.unlink(path)
-            return True
+        os.unlink(path)
+        return True
     return False
 
 
 def _bury_queue(record: Path) -> bool:
     """The queue first: as long as it exists, its record does."""
     owner = _owner.owner_of(record.name)
-    if owner is None or owner.alive():
+    if owner is None or owner.alive() or not _is_ours(record, stat.S_ISFIFO):
         return False
     try:
         import posix_ipc
