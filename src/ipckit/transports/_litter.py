@@ -4,10 +4,11 @@
     fifo/PID.START.N.up  .down                   a handshake's FIFOs: their maker's name is theirs (_owner)
     mq/PID.START.N                               the record of a kernel queue, likewise; the queue goes first
     PID.START.N.tmp                              a file that was about to get its name, likewise
+    NAME.fifo.d/  NAME.mq.d/                     a queue: whoever is there holds a shared flock on `lock` in it
 
 Nothing else is looked at, and nothing of it is removed that is not ours, of the kind that we make, and dead when it is removed. A
-name whose socket somebody serves without our lock is another program's. `NAME.fifo.d` and `NAME.mq.d` are queues: what is in
-them belongs to whoever comes for it.
+name whose socket somebody serves without our lock is another program's. A queue goes only if it is empty: its messages belong to
+whoever comes for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import socket
 import stat
@@ -56,6 +58,10 @@ def find(runtime: Path, default: Path) -> Iterator[Litter]:
         for path in owned(directory):
             if path.suffix in suffixes:
                 yield Litter(str(path), what, partial(bury_owned, path))
+    for suffix in (".fifo.d", ".mq.d"):
+        for path in sorted(runtime.glob("*" + suffix)):
+            if bury_queue(path, look=True):
+                yield Litter(str(path), "an empty queue that nobody has open", partial(bury_queue, path))
     for path in owned(default / "mq", stat.S_ISFIFO):
         if _owner.NAME.fullmatch(path.name):
             yield Litter(str(path), "a kernel message queue and its record", partial(_bury_queue, path))
@@ -179,3 +185,57 @@ def _listens(path: Path) -> bool:
         return True
     finally:
         os.close(directory)
+
+
+# -- queues ---------------------------------------------------------------------------------------------------------------
+
+
+def bury_queue(directory: Path, look: bool = False) -> bool:
+    """Remove a queue, in the directory and in the kernel, if nobody and no message is there; whether it did. `look`: would it?"""
+    try:
+        found = os.lstat(directory)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return False
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        names = set(os.listdir(directory)) - {"lock"}
+        # A FIFO lost what it held with the last who had it open; a draft whose maker is gone was never sent.
+        if not os.path.samestat(os.lstat(directory / "lock"), os.fstat(fd)) or not all(map(_is_empty, names)):
+            return False
+        if directory.suffixes[-2:] == [".mq", ".d"] and not _bury_kernel_queue(directory, look):
+            return False
+        if not look:
+            for name in (*names, "lock"):
+                os.unlink(directory / name)
+            os.rmdir(directory)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _is_empty(name: str) -> bool:
+    return name == "queue" or name.endswith(".draft")
+
+
+def _bury_kernel_queue(directory: Path, look: bool) -> bool:
+    """False: it holds messages, or nobody can tell."""
+    try:
+        import posix_ipc
+    except ImportError:
+        return False
+    name = f"/ipckit.{os.geteuid()}.q{hashlib.sha256(bytes(directory)).hexdigest()[:32]}"
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        queue = posix_ipc.MessageQueue(name)
+        try:
+            if queue.current_messages:
+                return False
+        finally:
+            queue.close()
+        if not look:
+            posix_ipc.unlink_message_queue(name)
+    return True
