@@ -196,10 +196,10 @@ def test_the_writers_death_frees_it_though_its_child_lives():
     def act():
         _write(b"1")
         pid = os.fork()
-        if pid == 0:
+        if pid == 0:  # it tells, not its parent: which is to live until fork() has returned here
             signal.alarm(30)
+            os.write(tell, os.getpid().to_bytes(4, "little"))
             signal.pause()
-        os.write(tell, pid.to_bytes(4, "little"))
 
     with Latest(URL, 8) as latest:
         child = Child(act)
