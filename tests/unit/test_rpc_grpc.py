@@ -434,9 +434,17 @@ def test_a_message_above_the_limit_fails_its_call_only(server: ipckit.Url) -> No
         assert client.price("tea") == 3
 
 
+async def awaited(server: ipckit.aio.Server) -> None:
+    await server
+
+
 def test_options_of_channels_and_wrong_names_are_refused(shop: Shop) -> None:
     with pytest.raises(errors.BadOption, match="buffer"):
         ipckit.Server(f"{HERE}?buffer=1MiB", shop)
+    with pytest.raises(errors.Unsupported, match="requests_per_second"):
+        ipckit.Server(HERE, shop, requests_per_second=5)
+    with pytest.raises(errors.Unsupported, match="requests_per_second"):
+        asyncio.run(awaited(ipckit.aio.Server(HERE, shop, requests_per_second=5)))
     with pytest.raises(errors.BadOption, match="buffer"):
         ipckit.client("grpc://127.0.0.1:1?buffer=1MiB")
     with ipckit.Server(HERE) as made:

@@ -39,6 +39,7 @@ class AsyncServer(_tasks.AsyncServer):
         opening = self._opened
         assert isinstance(opening, Opening)
         door = Door(opening.url, _options.read(PlaceOptions, opening.url))
+        door.check_limits(self._serving)
         await opening.arun(door.taking(), self._timeout)
         grpc.aio.init_grpc_aio()  # and never to its end: to begin again with the next server is more than gRPC stands
         server = grpc.aio.server(options=settings_of_server(door.options, self._serving))

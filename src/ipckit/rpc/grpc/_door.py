@@ -60,6 +60,16 @@ class Door:
         """In a forked child."""
         _grpc_home.park(self.url, _grpc_place.path_of(self.url))
 
+    def check_limits(self, serving: ServerOptions) -> None:
+        """Raises Unsupported for what gRPC does not let us count: it hides which connection a call came over."""
+        if serving.requests_per_second is not None or serving.burst_size is not None:
+            raise errors.Unsupported(
+                "requests_per_second and burst_size are not for gRPC",
+                url=self.url,
+                operation="serve",
+                hint="an interceptor may raise RateLimited by what it knows of its callers",
+            )
+
     def check_name(self, name: str) -> None:
         if not name or "." in name or name == BUILT_IN:
             raise errors.BadOption(f"{name!r} is no name for a target", url=self.url, operation="expose")
@@ -73,7 +83,13 @@ def settings_of_server(options: PlaceOptions, serving: ServerOptions) -> list[tu
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", serving.max_per_connection),
         ("grpc.max_allowed_incoming_connections", serving.max_connections),
+        *_handshake(serving.connection_timeout),
     ]
+
+
+def _handshake(timeout: float | None) -> list[tuple[str, Any]]:
+    """A client that does not begin to speak is let go after so many seconds; gRPC knows no "never", so None is a day."""
+    return [("grpc.server_handshake_timeout_ms", int((86_400 if timeout is None else timeout) * 1000))]
 
 
 class Arrived:

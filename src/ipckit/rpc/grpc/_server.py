@@ -54,12 +54,25 @@ class Server(_threads.Server):
         max_concurrent: int = 10_000,
         max_per_connection: int = 1000,
         tracebacks: bool = False,
+        connection_timeout: float | None = 30.0,
+        requests_per_second: float | None = None,
+        burst_size: int | None = None,
         interceptors: Sequence[ServerInterceptor] = (),
         require: Collection[str] = (),
     ) -> None:
         opening = Opening(url, None, None, require, "rpc", "serve")
-        serving = ServerOptions(workers, max_connections, max_concurrent, max_per_connection, tracebacks)
+        serving = ServerOptions(
+            workers,
+            max_connections,
+            max_concurrent,
+            max_per_connection,
+            tracebacks,
+            connection_timeout,
+            requests_per_second,
+            burst_size,
+        )
         door = Door(opening.url, _options.read(PlaceOptions, opening.url))
+        door.check_limits(serving)
         opening.run(door.taking(), timeout)
         self._pool = Pool(workers, f"ipckit-{opening.url.scheme}-server")
         self._streams = ThreadPoolExecutor(_STREAMS, f"ipckit-{opening.url.scheme}-stream")
