@@ -3,17 +3,16 @@
 import os
 
 import ipckit
-from planes import Call, Control, Done, Event, configuration
+from planes import Control, Event, Tools, configuration
 
 planes, _ = configuration()
 me = f"agent {os.getpid()}"
 with (
-    ipckit.connect(planes.control, type=Control, timeout=60) as orchestrator,
-    ipckit.connect(planes.tools, type=Call, timeout=60) as tools,
+    ipckit.client(planes.control, Control, timeout=60) as control,
+    ipckit.client(planes.tools, Tools, timeout=60) as tools,
     ipckit.publisher(planes.events, type=Event, on_full="drop_old", timeout=30) as events,
 ):
-    for task in orchestrator:  # until it closes
-        tools.send(Call("count", task.text), timeout=10)
-        words = tools.recv(timeout=10).answer
+    while (task := control.next(me)) is not None:
+        words = tools.count(task.text)
         events.publish(Event(me, "count"), topic="tool.used")
-        orchestrator.send(Done(task.number, f"{words} words"), timeout=10)
+        control.done(me, task.number, f"{words} words")

@@ -25,26 +25,19 @@ def configuration() -> tuple[Planes, dict]:
     return Planes(**read["planes"]), read["run"]
 
 
-# -- control: one question, one answer -----------------------------------------------------------------------------
+# -- control: what agents ask of the orchestrator ------------------------------------------------------------------
 
 
-class Task(msgspec.Struct, tag=True):
+class Task(msgspec.Struct):
     number: int
     text: str
 
 
-class Done(msgspec.Struct, tag=True):
-    number: int
-    result: str
+class Control(ipckit.Service):
+    def next(self, agent: str) -> Task | None:
+        """Something to do; None when there is nothing left."""
 
-
-Control = Task | Done
-
-
-def ask(agent: ipckit.Channel[Control], task: Task) -> Done:
-    """The seam for RPC: with `ipckit.client` this is a method of the agent, and `Task` and `Done` are its types."""
-    agent.send(task, timeout=10)
-    return agent.recv(timeout=10)
+    def done(self, agent: str, number: int, result: str) -> None: ...
 
 
 # -- events: topics are run.*, task.*, tool.* ----------------------------------------------------------------------
@@ -55,10 +48,10 @@ class Event(msgspec.Struct):
     about: str
 
 
-# -- tools: the answer is the call, filled in ----------------------------------------------------------------------
+# -- tools: calls that are shorter than the telling ----------------------------------------------------------------
 
 
-class Call(msgspec.Struct):
-    tool: str
-    text: str
-    answer: str = ""
+class Tools(ipckit.Service):
+    def count(self, text: str) -> int: ...
+
+    def shout(self, text: str) -> str: ...

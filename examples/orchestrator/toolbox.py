@@ -1,21 +1,18 @@
-"""The tools, as near to the agents as can be: one Unix socket, one thread for each agent."""
-
-from threading import Thread
+"""The tools, as near to the agents as can be: calls over one Unix socket."""
 
 import ipckit
-from planes import Call, configuration
-
-TOOLS = {"count": lambda text: str(len(text.split())), "shout": str.upper}
+from planes import Tools, configuration
 
 
-def serve(agent: ipckit.Channel[Call]) -> None:
-    with agent:
-        for call in agent:  # until it closes
-            call.answer = TOOLS[call.tool](call.text)
-            agent.send(call, timeout=10)
+class Toolbox(Tools):
+    def count(self, text: str) -> int:
+        return len(text.split())
+
+    def shout(self, text: str) -> str:
+        return text.upper()
 
 
 planes, _ = configuration()
-with ipckit.listen(planes.tools, type=Call) as listener:
-    while True:
-        Thread(target=serve, args=[listener.accept()], daemon=True).start()
+with ipckit.Server(planes.tools) as server:
+    server.expose("tools", Toolbox())
+    server.wait()

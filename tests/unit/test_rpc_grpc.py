@@ -185,6 +185,20 @@ def test_errors_have_codes_and_details(server: ipckit.Url) -> None:
         assert limited.value.retry_after == 1.5
 
 
+def test_a_contract_is_served_by_a_class_of_another_name() -> None:
+    class Prices(ipckit.Service):
+        def price(self, item: str) -> int: ...
+
+    class Corner(Prices):
+        def price(self, item: str) -> int:
+            return len(item)
+
+    with ipckit.Server(HERE) as server:
+        server.expose("prices", Corner())
+        with ipckit.client(server.url, Prices, timeout=10) as prices:
+            assert prices.price("tea") == 3
+
+
 def test_health(shop: Shop) -> None:
     serving = health_pb2.HealthCheckResponse
     with ipckit.Server(HERE, shop) as made, grpc.insecure_channel(str(made.url.host)) as channel:

@@ -54,8 +54,13 @@ class Hall(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
                 found = handler.service(details)
                 if found is not None:
                     return found
-        target = path[1:].partition(".")[0]
-        if target in self._schemas:
+        target, _, rest = path[1:].partition(".")
+        schema = self._schemas.get(target)
+        if schema is not None:
+            # The target decides: the class that serves it may be called otherwise than the client's contract.
+            found = self._paths.get(f"/{schema.service}/{rest.rpartition('/')[2]}")
+            if found is not None:
+                return found
             return self._refuse(Failure(0, "UNKNOWN_METHOD", f"{target!r} has no method {path!r}"))
         return None  # for handlers that somebody added to the server underneath
 
