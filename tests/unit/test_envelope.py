@@ -17,10 +17,10 @@ from ipckit._url import parse
 from ipckit.rpc import events
 from ipckit.rpc._rate import Bucket
 from ipckit.rpc._seed import SeedJson, SeedMsgpack
+from ipckit.rpc._servercore import ServerCore, Started
 from ipckit.rpc._versioned import Version1, Version2
 from ipckit.rpc.dialects import Native
 from ipckit.rpc.envelope import FIRST, NAMES, Envelope, Unknown, recognise
-from ipckit.rpc.protocol import ServerCore, Started
 from ipckit.transports._frames import FrameDecoder
 from ipckit.transports._stream import StreamOptions, make_link
 

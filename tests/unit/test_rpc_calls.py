@@ -112,7 +112,7 @@ class Flaky:
 
     def run(self) -> None:
         from ipckit.rpc import events
-        from ipckit.rpc.protocol import ServerCore, Started
+        from ipckit.rpc._servercore import ServerCore, Started
 
         with suppress(errors.Closed), self.listener:
             while True:
@@ -548,7 +548,7 @@ class Diary(ipckit.Service):
 
 def test_what_was_said_before_a_goodbye_is_heard() -> None:
     """Calls that want no answer, and one that does, from a client that is gone by then."""
-    from ipckit.rpc.protocol import ClientCore
+    from ipckit.rpc._clientcore import ClientCore
 
     service = Diary()
     with ipckit.Server(URL, service) as server:

@@ -12,8 +12,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from ipckit.errors import ProtocolError
 from ipckit.rpc import events
+from ipckit.rpc._clientcore import ClientCall, ClientCore
+from ipckit.rpc._servercore import Changed, ServerCall, ServerCore, Started
 from ipckit.rpc.dialects import HEAD, MAGIC, Native
-from ipckit.rpc.protocol import Changed, ClientCall, ClientCore, ServerCall, ServerCore, Started
 
 WINDOW = 100
 LARGEST = 80  # bytes of an item, its header apart

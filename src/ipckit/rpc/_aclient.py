@@ -25,12 +25,12 @@ from .._wait import arun
 from ..channel import AsyncChannel, Channel
 from ._aresults import AsyncResults, AsyncSubscription
 from ._calling import DESCRIBE, Base, CallOptions, Interceptor, Live, Request, Subscribed
+from ._clientcore import ClientCall
 from ._connection import BROKEN
 from ._exposed import BUILT_IN
 from ._place import native_class
 from .client import PATIENCE, make_proxy
 from .contract import Method, unwritable
-from .protocol import ClientCall
 
 S = TypeVar("S")
 

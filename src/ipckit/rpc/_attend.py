@@ -21,10 +21,10 @@ from .._wait import Lane, run
 from . import events, failures
 from ._connection import BROKEN
 from ._exposed import Exposed
+from ._servercore import ServerCall
 from ._session import ServerConnection
 from .context import CallContext, here, overdue
 from .dialects import CALL, HEAD, MAGIC, RESULT, Native
-from .protocol import ServerCall
 
 if TYPE_CHECKING:
     from ._engine import Engine

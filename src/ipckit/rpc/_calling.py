@@ -24,6 +24,7 @@ from .._wait import Gate, Lane
 from ..channel import AsyncChannel, Channel
 from ..message import check_headers
 from . import compat, events, failures
+from ._clientcore import ClientCall
 from ._connection import BROKEN, Connection, again
 from ._exposed import BUILT_IN
 from ._place import Place
@@ -40,7 +41,6 @@ from .contract import (
     target_name,
     unwritable,
 )
-from .protocol import ClientCall
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 1.0
 

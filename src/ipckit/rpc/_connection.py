@@ -16,7 +16,7 @@ from .. import errors
 from .._spi import Link, Spinning, Steps, Want
 from .._url import Url
 from . import events
-from .protocol import ClientCall, ClientCore
+from ._clientcore import ClientCall, ClientCore
 
 #: What a connection may end with.
 BROKEN = (errors.PeerError, errors.ProtocolError, errors.Closed)

@@ -30,11 +30,11 @@ from ._exposed import Exposed, Services
 from ._foreign import unfit
 from ._limits import COUNTS, ServerOptions, ShutdownReport, statistics
 from ._reception import Complaints, Reception, farewell
+from ._servercore import Changed, ServerCall, Started
 from ._serving import Job
 from ._session import PAUSE, ServerConnection
 from .context import CallContext
 from .dialects import Dialect, Native
-from .protocol import Changed, ServerCall, Started
 
 __all__ = ["Engine", "ServerOptions", "ShutdownReport"]
 

@@ -14,7 +14,7 @@ import msgspec
 
 from .. import errors
 from . import events
-from .protocol import ServerCall
+from ._servercore import ServerCall
 
 if TYPE_CHECKING:
     from ._engine import Engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import errors
-from .protocol import CORE_COUNTS
+from ._servercore import CORE_COUNTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,10 @@ from .._spi import Link, Reframing
 from .._url import Url
 from . import _versioned, events
 from ._rate import Bucket
+from ._servercore import ServerCore
 from ._session import ServerConnection
 from .dialects import Dialect
 from .envelope import FIRST, Envelope, Unknown, Unspoken, UnsupportedVersion, recognise
-from .protocol import ServerCore
 
 if TYPE_CHECKING:
     from ._engine import Engine

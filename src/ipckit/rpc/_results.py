@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from ._calling import Live, Request, Subscribed
-from .protocol import ClientCall
+from ._clientcore import ClientCall
 
 if TYPE_CHECKING:
     from .client import Client

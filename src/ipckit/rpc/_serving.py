@@ -17,10 +17,10 @@ from .. import errors
 from . import failures
 from ._exposed import Exposed
 from ._foreign import deliver
+from ._servercore import ServerCall
 from ._tracing import surroundings
 from .context import CallContext, overdue
 from .contract import unwritable
-from .protocol import ServerCall
 
 if TYPE_CHECKING:
     from ._engine import Engine

@@ -11,7 +11,7 @@ from .._spi import Fused, Link, Reframing, Spinning
 from .._url import Url
 from .._wait import Gate
 from ._connection import BROKEN
-from .protocol import ServerCall, ServerCore
+from ._servercore import ServerCall, ServerCore
 
 if TYPE_CHECKING:
     from ._attend import Worker

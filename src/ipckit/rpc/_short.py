@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from ._calling import CallOptions, Live
+from ._clientcore import ClientCall
 from ._connection import BROKEN
 from ._tracing import traced
 from .contract import Method, unwritable
 from .dialects import CALL, HEAD, MAGIC, RESULT, milliseconds
-from .protocol import ClientCall
 
 if TYPE_CHECKING:
     from .client import Client

@@ -25,13 +25,13 @@ from .._url import Url
 from .._wait import run
 from ..channel import AsyncChannel, Channel
 from ._calling import DESCRIBE, Base, CallOptions, Interceptor, Live, Request, Subscribed
+from ._clientcore import ClientCall
 from ._connection import BROKEN, Waiter
 from ._exposed import BUILT_IN
 from ._place import native_class
 from ._results import Results, Subscription
 from ._short import short_way
 from .contract import Contract, Method, Shape, unwritable
-from .protocol import ClientCall
 
 S = TypeVar("S")
 T = TypeVar("T")
