@@ -11,7 +11,7 @@ How the parts fit, from the ground up:
 | `events.py` | what the two sides say to each other, apart from how it is written |
 | `dialects.py` | frames to events and back: `Dialect`, and ours, `Native` |
 | `envelope.py` `_seed.py` `_versioned.py` | the dialects of programs that are not ipckit's; how they are told apart |
-| `protocol.py` `_clientcore.py` `_servercore.py` | `ClientCore` and `ServerCore`: correlation, streams and credits, deadlines, cancellation; without I/O |
+| `protocol.py` `_clientcore.py` `_servercore.py` | the state machines, without I/O: streams, credits, deadlines |
 | `failures.py` | exceptions to what travels, and back |
 | `_place.py` | a URL, or a channel in its place |
 | `_connection.py` `_calling.py` | a client's connection, and what its two shells share |
