@@ -157,15 +157,24 @@ class Lane:
 
     `passing`: what is waited for here belongs to something else afterwards (a handshake's descriptors go to the link), or
     is closed; so an event loop forgets it after every sleep.
+    `asleep`: the tasks that sleep here. Descriptors do not tell them of what another task has read into the link's own
+    buffer together with what it took; so whoever leaves lets the eldest look again.
     """
 
-    __slots__ = ("gate", "mutex", "operation", "passing")
+    __slots__ = ("asleep", "gate", "mutex", "operation", "passing")
 
     def __init__(self, gate: Gate, operation: str, *, passing: bool = False) -> None:
         self.gate = gate
         self.operation = operation
         self.passing = passing
         self.mutex = threading.Lock()
+        self.asleep: list[_Sleeper] = []
+
+    def nudge(self) -> None:
+        """There may be more: the eldest sleeper looks. From any loop."""
+        for sleeper in tuple(self.asleep):
+            if not sleeper.done and sleeper.nudge():
+                break
 
 
 # -- threads ------------------------------------------------------------------------------------------------------
@@ -247,6 +256,8 @@ async def arun(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
     try:
         wait = next(steps)
     except StopIteration as stop:  # the common case: nothing to wait for
+        if lane.asleep:
+            lane.nudge()
         result: T = stop.value
         return result
     gate.enter(lane.operation)
@@ -254,7 +265,7 @@ async def arun(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
         readiness = gate.readiness()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            await readiness.wait(wait, deadline, lane.passing)
+            await readiness.wait(wait, deadline, lane)
             if gate.closed:
                 raise errors.Closed("closed while waiting", url=gate.url, operation=lane.operation)
             if deadline is not None and time.monotonic() >= deadline:
@@ -267,6 +278,8 @@ async def arun(steps: Steps[T], lane: Lane, timeout: float | None) -> T:
         return last
     finally:
         steps.close()
+        if lane.asleep:
+            lane.nudge()  # whatever the end: a nudge that we had is passed on
         gate.leave()
 
 
@@ -338,6 +351,17 @@ class _Sleeper:
             self.done = True
             self._loop.call_soon(self._resume)
 
+    def nudge(self) -> bool:
+        """Wake it soon, from any thread. False: its loop is closed, and its task with it."""
+        import asyncio
+
+        try:
+            here = asyncio.get_running_loop() is self._loop
+            (self._loop.call_soon if here else self._loop.call_soon_threadsafe)(self.wake)
+        except RuntimeError:
+            return False
+        return True
+
     def _resume(self) -> None:
         callback, self._callback = self._callback, None
         if callback is not None:
@@ -366,7 +390,7 @@ class _Readiness:
         self._sleepers: dict[tuple[int, int], list[_Sleeper]] = {}
         self._closed = False
 
-    async def wait(self, wait: Wait, deadline: float | None, passing: bool) -> None:
+    async def wait(self, wait: Wait, deadline: float | None, lane: Lane) -> None:
         if self._closed:
             return
         sleeper = _Sleeper(self._loop)
@@ -383,16 +407,18 @@ class _Readiness:
             remaining = max(deadline - time.monotonic(), 0)
             limit = remaining if limit is None else min(limit, remaining)
         timer = None if limit is None else self._loop.call_later(limit, sleeper.wake)
+        lane.asleep.append(sleeper)
         try:
             await sleeper
         finally:
+            lane.asleep.remove(sleeper)
             if timer is not None:
                 timer.cancel()
             for key in keys:
                 queue = self._sleepers.get(key)
                 if queue is not None:
                     queue.remove(sleeper)
-                    if passing and not queue:
+                    if lane.passing and not queue:
                         self._forget(key)
 
     def _fire(self, key: tuple[int, int]) -> None:

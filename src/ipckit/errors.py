@@ -36,8 +36,12 @@ class IpcError(Exception):
 
     def __str__(self) -> str:
         where = " ".join(part for part in (self.operation, self.url) if part)
-        text = f"{where}: {self.message}" if where else self.message
+        text = f"{where}: {self._told}" if where else self._told
         return f"{text} ({self.hint})" if self.hint else text
+
+    @property
+    def _told(self) -> str:
+        return self.message
 
 
 # -- the address ------------------------------------------------------------------------------------------------
@@ -206,10 +210,9 @@ class RemoteError(RpcError):
         self.type = type
         self.traceback = traceback
 
-    def __str__(self) -> str:
-        where = " ".join(part for part in (self.operation, self.url) if part)
-        text = f"{self.type}: {self.message}"
-        return f"{where}: {text}" if where else text
+    @property
+    def _told(self) -> str:
+        return f"{self.type}: {self.message}"
 
 
 class UnknownMethod(RpcError, LookupError):

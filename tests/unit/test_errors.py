@@ -61,7 +61,10 @@ def test_every_error_is_one_of_ours_and_travels(error: type[errors.IpcError]) ->
     original.add_note("a note")
     for twin in (pickle.loads(pickle.dumps(original)), copy.copy(original)):
         assert type(twin) is error
-        assert str(twin) == str(original) == "recv tcp://me:***@h:1: it broke (mend it)"
+        told = (
+            "Exception: it broke" if error is errors.RemoteError else "it broke"
+        )  # with the class that was raised there
+        assert str(twin) == str(original) == f"recv tcp://me:***@h:1: {told} (mend it)"
         assert (twin.message, twin.url, twin.operation, twin.hint) == (
             "it broke", "tcp://me:***@h:1", "recv", "mend it",
         )  # fmt: skip

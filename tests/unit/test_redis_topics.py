@@ -14,7 +14,8 @@ import pytest
 import ipckit
 from ipckit import aio, errors
 from ipckit._url import parse
-from ipckit.testing.servers import _free_port, redis_server
+from ipckit.testing.conformance import free_port
+from ipckit.testing.servers import redis_server
 
 redis = pytest.importorskip("redis")
 
@@ -306,7 +307,7 @@ def test_over_tls(server, tmp_path, client, name):
 @contextlib.contextmanager
 def running(binary, directory, number, *lines):
     """One more server with a configuration of its own: a replica, a Sentinel."""
-    port = _free_port()
+    port = free_port()
     file = directory / f"{number}.conf"
     place = directory / str(number)
     place.mkdir()

@@ -124,6 +124,30 @@ def test_run_takes_what_came_at_the_last_moment(box: Mailbox) -> None:
     assert run(steps(), box.lane, 0.02) == "at the last moment"
 
 
+def test_a_task_that_sleeps_hears_of_what_another_has_read(box: Mailbox) -> None:
+    """A link reads several frames at once: whoever takes the first of them lets the one who sleeps look at the rest."""
+    read: list[int] = []
+
+    def get() -> Steps[int]:
+        while not read:
+            while (number := box.try_get()) is not None:
+                read.append(number)
+            if not read:
+                yield Wait(((box.fd, POLLIN),))
+        return read.pop(0)
+
+    async def both() -> list[int]:
+        first = asyncio.create_task(arun(get(), box.lane, 10))
+        await asyncio.sleep(0)
+        assert box.lane.asleep
+        box.add()
+        box.add()
+        second = await arun(get(), box.lane, 10)  # at once: the loop has not looked at the descriptor since
+        return [second, await asyncio.wait_for(first, 5)]
+
+    assert asyncio.run(both()) == [1, 2]
+
+
 @pytest.mark.parametrize("driver", ["run", "arun"])
 def test_steps_may_turn_a_timeout_into_something_else(box: Mailbox, driver: str) -> None:
     def translated() -> Steps[int]:

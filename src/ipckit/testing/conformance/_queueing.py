@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
@@ -30,13 +31,17 @@ class Taken(NamedTuple):
 STOP = b"stop"
 
 
-def stopped(say: Callable[[], object], taking: Mapping[Future[list[Taken]], End]) -> None:
-    """End those who compete for messages, one after the other: whoever hears STOP leaves, so the next goes to another."""
+def stopped(say: Callable[[], object], taking: Mapping[Future[list[Taken]], End], again: float = HANG) -> None:
+    """End those who compete for messages, one after the other: whoever hears STOP leaves, so the next goes to another.
+
+    `again`: seconds after which it is said again. A topic's message is lost with the member of a group that was just leaving.
+    """
     left = dict(taking)
+    deadline = time.monotonic() + HANG
     while left:
         say()
-        done, _ = wait(left, HANG, FIRST_COMPLETED)
-        assert done, "nobody heard it"
+        done, _ = wait(left, again, FIRST_COMPLETED)
+        assert done or time.monotonic() < deadline, "nobody heard it"
         for future in done:
             left.pop(future).close()
 

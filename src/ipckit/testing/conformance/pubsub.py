@@ -97,7 +97,7 @@ class PubSubContract(Contract):
         receiving = [subscriber.run(take_all, HANG, "ack") for subscriber in (first, second, alone)]
         publisher.run(publish, [(value, "t") for value in numbered(40)]).result(HANG)
         taking = dict(zip(receiving, (first, second, alone), strict=True))
-        stopped(lambda: publisher.call("publish", STOP, "t", 10), taking)
+        stopped(lambda: publisher.call("publish", STOP, "t", 10), taking, again=2)
         one, two, everything = (values(future.result(HANG)) for future in receiving)
         assert sorted(one + two, key=int) == numbered(40)
         assert one
