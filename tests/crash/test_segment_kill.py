@@ -38,7 +38,7 @@ def test_what_is_left_behind_is_found(directory, monkeypatch):
     monkeypatch.setattr(_tenancy, "sweep", lambda _: [])  # so a half made generation stays
     monkeypatch.setattr(segment_kill, "OPERATIONS", {"litter": lambda: lambda: litter(directory)})
     report = segment_kill.Report()
-    faults = segment_kill.one_round("litter", 0, 0.05, False, directory, report)
+    faults = segment_kill.one_round("litter", 0, 1.0, False, directory, report)
     assert any(fault.startswith("left behind") for fault in faults), faults
     assert list(directory.iterdir()) == []
 
@@ -50,7 +50,7 @@ def litter(directory):
 def test_a_name_that_stays_taken_is_found(directory, monkeypatch):
     monkeypatch.setattr(_tenancy._Changing, "alone", lambda _: False)  # the dead count as the living
     monkeypatch.setattr(segment_kill, "OPERATIONS", {"create": segment_kill.create})
-    faults = segment_kill.one_round("create", 0, 0.05, False, directory, segment_kill.Report())
+    faults = segment_kill.one_round("create", 0, 1.0, False, directory, segment_kill.Report())
     assert any(fault.startswith("a new start failed") for fault in faults), faults
 
 

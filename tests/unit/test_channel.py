@@ -352,7 +352,7 @@ def test_the_connecting_side_keeps_nothing_of_its_opening() -> None:
         with pytest.raises(errors.NothingListening):
             asyncio.run(ipckit.aio.connect("inproc://nobody", timeout=0.002))
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what other tests had left may go meanwhile
 
 
 def test_a_priority_where_there_are_none() -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import stat
 import threading
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -366,6 +367,8 @@ def _write(segment, value):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("url", [URL, None])
 def test_passed_to_a_child(method, url, there):
+    if method == "forkserver":
+        forkserver._forkserver._stop()  # one that another test started knows another runtime directory
     with Segment(url, 10) as segment:
         process = multiprocessing.get_context(method).Process(target=_write, args=(segment, 7))
         process.start()

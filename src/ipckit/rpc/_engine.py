@@ -208,9 +208,16 @@ class Engine:
             if flooding:
                 conn.core.refused = 0
             self._watch.put(conn, Wait((), PAUSE) if flooding and not conn.blocked else conn.link.arm(want))
-        if before and not conn.blocked:
+        again = bool(want & Want.RECV) and (self._hear(conn) or self._look(conn))
+        with (
+            conn.mutex
+        ):  # once more after it was told that we are about to sleep: room may have come, or been heard of just now
+            stuck = conn.blocked
+            if stuck and conn.try_flush():
+                conn.blocked, again = False, True
+        if (before or stuck) and not conn.blocked:
             self._roomy(conn)
-        if want & Want.RECV and (self._hear(conn) or self._look(conn)):
+        if again:
             self._returned.append(conn)
 
     def _roomy(self, conn: ServerConnection) -> None:

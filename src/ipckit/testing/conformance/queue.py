@@ -271,7 +271,12 @@ class QueueContract(Contract):
         process.kill()
         other = neighbour.open("receiver", sender.url, listen=False, timeout=10, ack="manual").result(HANG)
         got = other.run(take, 6, "ack", self.lease(capabilities) + 10).result(HANG)
-        assert sorted(values(done) + values(got), key=int) == numbered(8)
+        twice = set(values(done)) & set(values(got))
+        if twice and not capabilities.handed_over:  # acknowledgements that were still in the killed process
+            got += other.run(take, len(twice), "ack").result(HANG)
+        else:
+            assert not twice
+        assert sorted({*values(done), *values(got)}, key=int) == numbered(8)
         again = {message.value: message.redelivered for message in got}
         assert all(again[message.value] >= 1 for message in held)
 
