@@ -1,6 +1,6 @@
 """For every test below.
 
-Nothing is decided by a clock: Hypothesis has no deadline. `-n auto` starts three workers for each core, because tests of
+Nothing is decided by a clock: Hypothesis has no deadline. `-n auto` starts two workers for each core, because tests of
 waiting mostly wait.
 """
 
@@ -15,4 +15,4 @@ settings.load_profile("ipckit")
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    return 3 * len(os.sched_getaffinity(0))
+    return 2 * len(os.sched_getaffinity(0))

@@ -318,7 +318,9 @@ class RedisExchange:
             except (errors.NothingListening, errors.PeerError) as error:
                 for wire in wires:
                     wire.close()
-                self._error = error
+                # To who has an answer to send meanwhile it is a lost connection, not an address that leads nowhere.
+                lost = isinstance(error, errors.PeerError)
+                self._error = error if lost else errors.PeerDied(error.message, url=self.url)
             yield Wait((), pause)
             pause = min(pause * 2, _RETRY[1])
 

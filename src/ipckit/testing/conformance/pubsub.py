@@ -100,8 +100,7 @@ class PubSubContract(Contract):
         stopped(lambda: publisher.call("publish", STOP, "t", 10), taking, again=2)
         one, two, everything = (values(future.result(HANG)) for future in receiving)
         assert sorted(one + two, key=int) == numbered(40)
-        assert one
-        assert two
+        assert (one and two) or capabilities.broker  # who of those who ask is given more is the broker's affair
         assert everything == numbered(40)
 
     def test_headers(self, here: Local, there: Party, url: str, capabilities: Capabilities) -> None:
