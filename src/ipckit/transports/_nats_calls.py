@@ -42,7 +42,9 @@ _PART = 512 << 10  # bytes of one letter
 _IDLE = 20  # ticks between two probes of one who is not busy
 _RETRY = (0.02, 0.5)
 _ASK_FOR = 1.0
-_DENIED_FOR = 0.25
+#: Seconds to wait for who has a call that all whom we know have denied: one was lost lately, or there is one whom we do not know.
+_DENIED_FOR, _UNKNOWN_FOR = 0.25, 3.0
+_LATELY = 5.0
 
 
 class _Peer:
@@ -91,6 +93,7 @@ class NatsExchange:
         self._keys: dict[str, str] = {}  # of peers, to addresses
         self._known: dict[str, None] = {}  # a client's servers
         self._asking: dict[int, _Asked] = {}
+        self._lost = float("-inf")  # when a server was lost
         self._group: list[Any] = []
         self._leaving: asyncio.Task[None] | None = None
         self._settled = False
@@ -304,8 +307,8 @@ class NatsExchange:
 
     def _in_order(self, who: str, kind: int, number: int) -> bool:
         peer = self._peers.get(who)
-        if peer is None:  # a new one, or one that we have forgotten
-            return kind == WHO or (number == 0 and kind <= _COUNTED)
+        if peer is None:  # a new one, of whom nothing can be missing yet; or one that we have forgotten
+            return kind == WHO or number == 0 or (number == _FIRST and kind > _COUNTED)
         return number == peer.expected or (number == _FIRST and kind > _COUNTED)
 
     def _counted(self, who: str, kind: int, content: bytes) -> None:
@@ -336,8 +339,9 @@ class NatsExchange:
     def _conclude(self) -> None:
         """Loop: nobody has the calls that all servers have denied; one that came lately has had the time to say so."""
         now = time.monotonic()
+        patience = _DENIED_FOR if now - self._lost < _LATELY else _UNKNOWN_FOR
         for id, asked in tuple(self._asking.items()):
-            if now - asked.since >= _DENIED_FOR and not asked.servers & self._known.keys():
+            if now - asked.since >= patience and not asked.servers & self._known.keys():
                 del self._asking[id]
                 self._put(Came("nobody", "", id))
 
@@ -374,6 +378,8 @@ class NatsExchange:
             self._put(Came("reset", who))
 
     def _lose(self, who: str, how: Any) -> None:
+        if who in self._known:
+            self._lost = time.monotonic()
         self._known.pop(who, None)
         self._forget(who)
         self._put(Came(how, who))
