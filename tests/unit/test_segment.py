@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import threading
-from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -364,11 +365,33 @@ def _write(segment, value):
         segment.resize(20)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("url", [URL, None])
+PASSED_ON = """
+import multiprocessing
+from ipckit.sync import Segment
+
+def write(segment):
+    segment.buf[0] = 7
+
+if __name__ == "__main__":
+    with Segment("shm://thing", 10) as segment:
+        process = multiprocessing.get_context("forkserver").Process(target=write, args=(segment,))
+        process.start()
+        process.join(30)
+        assert (process.exitcode, segment.buf[0]) == (0, 7)
+"""
+
+
+def test_passed_on_by_a_forkserver(tmp_path, there):
+    """In a program of its own: a forkserver that another test started knows another runtime directory."""
+    script = tmp_path / "passed_on.py"
+    script.write_text(PASSED_ON)
+    subprocess.run([sys.executable, str(script)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("method", "url"), [("fork", URL), ("spawn", URL), ("fork", None), ("spawn", None), ("forkserver", None)]
+)
 def test_passed_to_a_child(method, url, there):
-    if method == "forkserver":
-        forkserver._forkserver._stop()  # one that another test started knows another runtime directory
     with Segment(url, 10) as segment:
         process = multiprocessing.get_context(method).Process(target=_write, args=(segment, 7))
         process.start()

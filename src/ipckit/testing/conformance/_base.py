@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import shutil
 import socket
@@ -37,12 +38,17 @@ class Meeting(NamedTuple):
     there: End
 
 
+#: Below what the system gives to connections (32768 on), or one of those would take it; each process begins elsewhere.
+_ports = itertools.count(os.getpid() * 997)
+
+
 def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
     """A loopback port that nobody has at the moment."""
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        port = 20_000 + next(_ports) % 12_000
+        with socket.socket(socket.AF_INET, kind) as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def with_options(url: str, **options: object) -> str:
