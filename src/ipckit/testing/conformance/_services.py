@@ -270,7 +270,7 @@ async def late(client: Any) -> list[tuple[str, str, str]]:
     assert 0 < left < 31  # gRPC rounds it up to three digits
     found = []
     for times, name in enumerate(("linger", "alinger"), 1):
-        found.append(await attempt(lambda name=name: getattr(using(shop, timeout=0.1), name)()))
+        found.append(await attempt(lambda name=name: getattr(using(shop, timeout=0.5), name)()))  # time to begin
         await until(shop, "left", times)
     return found
 
