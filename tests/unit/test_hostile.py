@@ -606,8 +606,9 @@ def test_a_listener_that_is_none(scheme, tmp_path, monkeypatch, authority):
         visits.clear()
         strategy()
         deadline = time.monotonic() + 20
-        # zmq and grpc close theirs a little later, and may have opened a few for themselves; a leak would be one for each visit.
-        while open_files() >= before + len(visits) // 2:
+        # zmq and grpc close theirs a little later. gRPC opens some for itself, when it likes; a leak would be one for each visit.
+        own = len(visits) // 2 if scheme.startswith("grpc") else 0
+        while open_files() > before + own:
             assert time.monotonic() < deadline
             time.sleep(0.02)
     assert raised & {errors.ProtocolError, errors.NothingListening}

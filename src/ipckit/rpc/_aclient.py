@@ -225,8 +225,6 @@ class AsyncClient(Base):
             if conn is not None and conn.good:
                 return conn
             self._gate.check("call")
-            if self._pause:
-                await asyncio.sleep(self._pausing())
             conn = await arun(self._dial(), self._dial_lane, self._patient_until(deadline))
             task = asyncio.get_running_loop().create_task(self._pump(conn), name=f"ipckit client {self.url}")
             self._tasks.add(task)

@@ -163,6 +163,13 @@ class Base(Endpoint):
         is not there yet. Raises SchemaError for a contract that is incompatible.
         """
         pause = _FIRST_PAUSE
+        if self._pause:  # not at once: the last one was lost as soon as it was made
+            try:
+                yield Wait((), self._pausing())
+            except errors.Timeout as timeout:
+                raise errors.NothingListening(
+                    "the connection was lost, and there was no time to make another", url=self.url, operation="client"
+                ) from timeout
         while True:
             conn = Live((yield from self._place.connect()), self.url, self._pushed)
             try:

@@ -233,8 +233,6 @@ class Client(Base):
             if conn is not None and conn.good:
                 return conn
             self._gate.check("call")
-            if self._pause:
-                time.sleep(self._pausing())
             return run(self._dial(), self._dial_lane, self._patient_until(deadline))
 
     # -- the short way -------------------------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ from ._nats_lease import NatsLeaseOptions, open_lease
 from ._natsclient import Connection, NatsOptions, map_nats
 from ._natslink import Inbox, NatsLink, Outbox, Watch
 
-_CLAIM_FOR = 0.3  # seconds in which another claimant of a name may withdraw; its owner does not answer
+#: Seconds in which another claimant of a name may withdraw; its owner does not answer. Too few, and all of them may give way.
+_CLAIM_FOR = 1.0
 _FRAME_MAX = 256 << 10  # bytes; larger messages go in parts even if the server would take them, to flow evenly
 _RETRY = (0.02, 0.5)  # seconds between attempts to reach a server that is not there
 _NAME = re.compile(r"/([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\Z")
@@ -233,7 +234,7 @@ class _Post:
             while not (watch.nobody or watch.answered or withdrawn) and time.monotonic() < until:
                 wait = inbox.arm()
                 self._connection.home.turn()
-                yield Wait(wait.fds, _CLAIM_FOR / 10)
+                yield Wait(wait.fds, 0.03)
                 self._connection.home.turn()
         finally:
             watch.close()
