@@ -37,7 +37,8 @@ class Inbox:
         self.connection = connection
         self.payloads = deque[bytes]()  # that bring messages
         self.over: errors.IpcError | None = None  # nothing comes after the payloads, and why
-        self.claimed: Callable[[str, str], None] | None = None  # while we claim the subject: (id, whom to answer)
+        self.claimed: Callable[[str], None] | None = None  # somebody else claims the name too: its id
+        self.withdrawn = False
         self.credited: Callable[[int], None] | None = None
         self._cut = connection.cut
         self._bell = Bell(connection.home)
@@ -56,6 +57,7 @@ class Inbox:
 
     def withdraw(self) -> None:
         """On the loop: give the subject up."""
+        self.withdrawn = True
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             self.connection.unsubscribe(subscription)
@@ -66,7 +68,7 @@ class Inbox:
             return
         kind = payload[0]
         if kind == wire.CLAIM and self.claimed is not None:
-            self.claimed(wire.content(payload).decode("ascii", "replace"), message.reply)
+            self.claimed(wire.content(payload).decode("ascii", "replace"))
         elif kind == wire.MESSAGE and len(self.payloads) < _FLOOD:
             self.payloads.append(payload)
             self._bell.ring()
@@ -197,7 +199,6 @@ class Watch:
         self.peer = Peer(address=outbox.subject)
         self.key = secrets.token_hex(4)
         self.nobody = False
-        self.answered = False
         self._connection = outbox.connection
         self._cut = outbox.connection.cut
         self._outbox = outbox
@@ -207,10 +208,7 @@ class Watch:
         self._connection.probe(self._outbox.subject, wire.pack(wire.PROBE, self._outbox.number), self.key)
 
     def verdict(self, *, nobody: bool) -> None:
-        if nobody:
-            self.nobody = True
-        else:
-            self.answered = True
+        self.nobody = self.nobody or nobody
 
     def gone(self) -> errors.PeerError | None:
         if self.nobody:

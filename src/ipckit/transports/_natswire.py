@@ -13,7 +13,7 @@ shows within one probe.
     BYE         nothing: closed in order, nothing follows
     PROBE       nothing; not counted
     CREDIT      bytes u64 that were consumed since the session began, with OVERHEAD for each message or part; not counted
-    CLAIM       the claimant's id; not counted. On a rendezvous subject, as PROBE
+    CLAIM       the claimant's id; not counted. On the subject where claimants of a name meet
 """
 
 from __future__ import annotations

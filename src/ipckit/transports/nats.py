@@ -58,8 +58,8 @@ from ._nats_lease import NatsLeaseOptions, open_lease
 from ._natsclient import Connection, NatsOptions, map_nats
 from ._natslink import Inbox, NatsLink, Outbox, Watch
 
-#: Seconds in which another claimant of a name may withdraw; its owner does not answer. Too few, and all of them may give way.
-_CLAIM_FOR = 1.0
+_CLAIM_FOR = 2.0  # seconds for another claimant to take the name or to withdraw; one that is paused makes us give up
+_CLAIM_EVERY = 0.02  # seconds between two looks whether it has
 _FRAME_MAX = 256 << 10  # bytes; larger messages go in parts even if the server would take them, to flow evenly
 _RETRY = (0.02, 0.5)  # seconds between attempts to reach a server that is not there
 _NAME = re.compile(r"/([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\Z")
@@ -188,6 +188,7 @@ class _Post:
         self.url = connection.url
         name = _name(self.url)
         self._rendezvous = f"ipckit.ch.{name}"
+        self._claims = f"ipckit.cl.{name}"
         self._session = f"ipckit.ss.{name}."
         self._connection = connection
         self._window = options.window
@@ -197,62 +198,64 @@ class _Post:
         self._max_frame = room
 
     def open_rendezvous(self) -> Steps[_mail.Inbox]:
-        """Subscribe, then ask whether anybody else has.
+        """Subscribe, unless somebody else has. An owner need not answer and may be paused, so the server is asked, not the owner.
 
-        The server answers 503 when nobody has: the name is ours. Otherwise it is its owner's, who need not answer and may be
-        paused; or another claimant's, of whom the one with the higher id withdraws and says so, and we ask again.
+        Claimants meet on a subject of their own: whoever is alone there may look whether the name is free, and take it before it
+        leaves. Of several the one with the lowest id stays, so each that sees another asks again until it is gone.
         """
         connection = self._connection
         identity = secrets.token_hex(8)
         inbox = Inbox(connection, self._rendezvous, None)
-        withdrawn: list[str] = []
+        queue = Inbox(connection, self._claims, None)
 
-        def claimed(rival: str, answer: str) -> None:
-            if rival < identity and not withdrawn:
-                withdrawn.append(rival)
-                inbox.withdraw()
-                if answer:
-                    connection.publish(answer, b"")
+        def claimed(rival: str) -> None:
+            if rival < identity:
+                queue.withdraw()
 
-        inbox.claimed = claimed
+        async def take() -> bool:
+            queue.claimed = None  # from here on nobody makes us withdraw; done on the loop, where `claimed` is called
+            if queue.withdrawn:
+                return False
+            await inbox.subscribe()
+            return True
+
+        queue.claimed = claimed
         try:
-            yield from connection.home.steps(inbox.subscribe)
-            while (yield from self._rival(identity, inbox, withdrawn)):
-                pass
-            inbox.claimed = None
+            yield from connection.home.steps(queue.subscribe)
+            until = time.monotonic() + _CLAIM_FOR
+            while (yield from self._anybody(self._claims, wire.pack(wire.CLAIM, 0, identity.encode()))):
+                if queue.withdrawn or time.monotonic() > until:
+                    raise self._taken("somebody else is claiming this name")
+                yield Wait((), _CLAIM_EVERY)
+            if (yield from self._anybody(self._rendezvous, wire.pack(wire.PROBE, 0))):
+                raise self._taken("somebody listens at this name already")
+            if not (yield from connection.home.steps(take)):
+                raise self._taken("somebody else is claiming this name")
         except BaseException:
             inbox.close()
             raise
+        finally:
+            queue.close()
         return inbox
 
-    def _rival(self, identity: str, inbox: Inbox, withdrawn: list[str]) -> Steps[bool]:
-        """True when a rival has withdrawn, False when there is none. Raises AddressInUse."""
-        outbox, watch = self._open(self._rendezvous, self._window)
-        try:
-            yield from self._ask(watch, wire.pack(wire.CLAIM, 0, identity.encode()))
-            until = time.monotonic() + _CLAIM_FOR
-            while not (watch.nobody or watch.answered or withdrawn) and time.monotonic() < until:
-                wait = inbox.arm()
-                self._connection.home.turn()
-                yield Wait(wait.fds, 0.03)
-                self._connection.home.turn()
-        finally:
-            watch.close()
-            outbox.close(None)
-        if withdrawn or not (watch.nobody or watch.answered):
-            raise errors.AddressInUse("somebody listens at this name already", url=self.url, operation="listen")
-        return not watch.nobody
+    def _taken(self, why: str) -> errors.AddressInUse:
+        return errors.AddressInUse(why, url=self.url, operation="listen")
 
     def find(self) -> Steps[_mail.Card | None]:
         if self._connection.cut:
             raise _Cut("the connection to the NATS server was lost", url=self.url) from self._connection.error
-        outbox, watch = self._open(self._rendezvous, self._window)
+        there = yield from self._anybody(self._rendezvous, wire.pack(wire.PROBE, 0))
+        return {"subject": self._rendezvous} if there else None
+
+    def _anybody(self, subject: str, payload: bytes) -> Steps[bool]:
+        """Whether this payload reached somebody."""
+        outbox, watch = self._open(subject, self._window)
         try:
-            yield from self._ask(watch, wire.pack(wire.PROBE, 0))
+            yield from self._ask(watch, payload)
         finally:
             watch.close()
             outbox.close(None)
-        return None if watch.nobody else {"subject": self._rendezvous}
+        return not watch.nobody
 
     def _ask(self, watch: Watch, payload: bytes) -> Steps[None]:
         """Publish it; when this returns, the server has said that nobody was there, or somebody was."""
