@@ -480,3 +480,28 @@ def test_ctrl_c_ends_a_recv_and_leaves_the_channel_good():
             client.recv(10)
         server.send(b"after")
         assert client.recv(10) == b"after"
+
+
+def test_a_result_that_comes_after_the_cancellation_is_closed():
+    """A connection that was made while its connect was given up would be a ghost: its listener accepts it, and nobody ends it."""
+    from ipckit.transports._grpc_home import grpc_home
+
+    begun, closed = threading.Event(), threading.Event()
+
+    class Made:
+        def close(self) -> None:
+            closed.set()
+
+    async def stubborn() -> Made:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            return Made()
+        raise AssertionError("not cancelled")
+
+    steps = grpc_home("grpc://test", "connect").steps(stubborn)
+    next(steps)
+    assert begun.wait(20)
+    steps.close()
+    assert closed.wait(20)

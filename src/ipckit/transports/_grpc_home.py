@@ -12,20 +12,25 @@ import asyncio
 import atexit
 import concurrent.futures
 import os
-import select
 import socket
 import stat
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .. import errors
 from .._spi import Steps, Wait
 from .._url import Url
+from ._bell import Bell
 
-T = TypeVar("T")
+
+class Closeable(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=Closeable)
 
 # gRPC's fork handlers make the child of a process that has gRPC servers crash, one time in five; without them it is only left
 # without gRPC. They are read about when grpc is imported. Who sets the variable, knows why.
@@ -80,25 +85,42 @@ class IoThread:
             self.loop.call_soon_threadsafe(function)
 
     def steps(self, function: Callable[[], Coroutine[Any, Any, T]]) -> Steps[T]:
-        """Run a coroutine there. Ending the steps early cancels it; a result that nobody takes any more is closed."""
-        done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        future = asyncio.run_coroutine_threadsafe(function(), self.loop)
-        taken = False
+        """Run a coroutine there. Ending the steps early cancels it; a result that nobody takes any more is closed.
+
+        A cancellation may find the coroutine done, its result on the way to us: so what became of it is told by the loop.
+        """
+        bell = Bell()
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        outcome.add_done_callback(lambda _: bell.ring())
+        tasks: list[asyncio.Task[None]] = []
+
+        async def work() -> None:
+            try:
+                outcome.set_result(await function())
+            except asyncio.CancelledError:
+                outcome.set_exception(concurrent.futures.CancelledError())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        self.do(lambda: tasks.append(self.loop.create_task(work())))
         try:
-            future.add_done_callback(lambda _: os.eventfd_write(done, 1))
-            while not future.done():
-                yield Wait(((done, select.POLLIN),))
-            taken = True
-            return future.result()
+            while True:
+                wait = Wait((bell.announce(),))
+                if outcome.done():
+                    break
+                yield wait
+        except BaseException:
+            self.do(lambda: tasks[0].cancel())
+            outcome.add_done_callback(_close_result)
+            raise
         finally:
-            if not taken:
-                future.cancel()
-                concurrent.futures.wait([future], 5)
-                with suppress(BaseException):
-                    close = getattr(future.result(0), "close", None)
-                    if close is not None:
-                        close()
-            os.close(done)
+            self.do(bell.close)  # there, where it is rung
+        return outcome.result()
+
+
+def _close_result(outcome: concurrent.futures.Future[Any]) -> None:
+    if outcome.exception() is None:
+        outcome.result().close()
 
 
 def grpc_home(url: object, operation: str) -> IoThread:

@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .. import errors
 from .._capabilities import Capabilities
@@ -95,12 +95,7 @@ class Grpc(Transport[Options]):
         credentials = server_credentials(url, options)
         home = grpc_home(url, "listen")
         listener = GrpcListener(url, options, home)
-        try:
-            yield from home.steps(lambda: listener.start(credentials))
-        except BaseException:
-            listener.drop()
-            raise
-        return listener
+        return (yield from home.steps(lambda: listener.start(credentials)))
 
     def connect(self, url: Url, options: Options) -> Steps[Link]:
         check(url)
@@ -210,7 +205,7 @@ class GrpcListener:
         """The grpc.aio.Server, for more services on the same port."""
         return self._server
 
-    async def start(self, credentials: Any) -> None:
+    async def start(self, credentials: Any) -> Self:
         import grpc.aio
 
         from ._grpc_home import background
@@ -240,6 +235,7 @@ class GrpcListener:
             if isinstance(error, RuntimeError):
                 raise errors.AddressInUse("gRPC cannot bind there", url=self.url, operation="listen") from error
             raise
+        return self
 
     async def _stream(self, requests: object, context: Any) -> None:
         """One peer, as gRPC's handler: returning is the goodbye."""
@@ -259,11 +255,6 @@ class GrpcListener:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, fault)
         if link.dead:
             raise asyncio.CancelledError
-
-    def drop(self) -> None:
-        """It never listened."""
-        self._closed = True
-        self._home.do(self._bell.close)
 
     def try_accept(self) -> Link | None:
         if self._closed:
