@@ -12,6 +12,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -376,6 +377,19 @@ def _keys(fds: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
     return tuple((fd, bit) for fd, events in fds for bit in (_POLLIN, _POLLOUT) if events & bit)
 
 
+#: Who sleeps at which readable descriptor, of each loop. Seen by that loop's thread only.
+_bedrooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, list[_Sleeper]]] = weakref.WeakKeyDictionary()
+
+
+def sleepers_at(loop: asyncio.AbstractEventLoop, fd: int) -> list[_Sleeper]:
+    """Those tasks of this loop, which is running here, that sleep until `fd` is readable.
+
+    For a descriptor that says no more than "look again", and is written on this loop: `wake` them, with no task active, and it
+    need not be written and read.
+    """
+    return list(_bedrooms.get(loop, {}).get(fd, ()))
+
+
 class _Readiness:
     """The descriptors of one endpoint on one loop, kept registered between calls.
 
@@ -383,10 +397,11 @@ class _Readiness:
     it goes, because a ready descriptor that nobody reads would spin the loop.
     """
 
-    __slots__ = ("_closed", "_loop", "_sleepers")
+    __slots__ = ("_bedroom", "_closed", "_loop", "_sleepers")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._bedroom = _bedrooms.setdefault(loop, {})
         self._sleepers: dict[tuple[int, int], list[_Sleeper]] = {}
         self._closed = False
 
@@ -399,6 +414,8 @@ class _Readiness:
             queue = self._sleepers.get(key)
             if queue is None:
                 queue = self._sleepers[key] = []
+                if key[1] == _POLLIN:
+                    self._bedroom[key[0]] = queue
                 add = self._loop.add_reader if key[1] == _POLLIN else self._loop.add_writer
                 add(key[0], self._fire, key)
             queue.append(sleeper)
@@ -430,7 +447,9 @@ class _Readiness:
             self._forget(key)
 
     def _forget(self, key: tuple[int, int]) -> None:
-        del self._sleepers[key]
+        queue = self._sleepers.pop(key)
+        if key[1] == _POLLIN and self._bedroom.get(key[0]) is queue:
+            del self._bedroom[key[0]]
         remove = self._loop.remove_reader if key[1] == _POLLIN else self._loop.remove_writer
         remove(key[0])
 

@@ -282,6 +282,52 @@ def test_steps_at_a_dead_loop_are_an_error():
         _wait.run(home.steps(nothing), lane(), 1)
 
 
+@pytest.mark.parametrize("now", [True, False])
+def test_a_residents_bell_wakes_a_task_without_being_written(now):
+    async def main():
+        home = Resident(asyncio.get_running_loop())
+        bell = Bell(home)
+        news = []
+
+        def steps():
+            while not news:
+                wait = bell.arm()
+                if not news:
+                    yield wait
+            return news.pop()
+
+        getting = asyncio.create_task(_wait.arun(steps(), lane(), 20))
+        await asyncio.sleep(0)
+
+        def tell():
+            news.append("it")
+            bell.ring()
+            assert not readable(bell._fd)
+            if now:
+                home.roused()
+                assert not news  # it was taken before this returned
+            bell.ring()  # nobody listens
+
+        home.loop.call_soon(tell)
+        assert await getting == "it"
+        assert not readable(bell._fd)
+        bell.close()
+
+    asyncio.run(main())
+
+
+def test_a_bell_is_written_for_those_who_sleep_otherwise():
+    async def main():
+        home = Resident(asyncio.get_running_loop())
+        bell = Bell(home)
+        bell.arm()  # by a thread, or somebody's epoll
+        bell.ring()
+        assert readable(bell._fd)
+        bell.close()
+
+    asyncio.run(main())
+
+
 def test_other_threads_reach_a_resident():
     async def main():
         home = await _wait.arun(find_home(), lane(), 5)

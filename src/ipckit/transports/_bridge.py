@@ -32,6 +32,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from .. import errors
 from .._spi import Steps, Wait
+from .._wait import sleepers_at
 
 T = TypeVar("T")
 
@@ -68,6 +69,12 @@ class Home(Protocol):
     def wait(self, bell: int) -> Wait:
         """What to sleep on at an endpoint that has this bell."""
 
+    def rouse(self, bell: int) -> bool:
+        """On the loop: wake who sleeps at this bell without ringing it, soon. False: nobody does, here."""
+
+    def roused(self) -> None:
+        """On the loop, with no task active: "soon" is now."""
+
     def close(self, farewell: Farewell, cut: Callable[[], None]) -> None:
         """The last user goes: run `farewell`, for a moment at most, and end what was started here.
 
@@ -85,9 +92,10 @@ class Bell:
     not when some other thread finds what it rang for.
     """
 
-    __slots__ = ("_armed", "_fd", "_rung", "_wait")
+    __slots__ = ("_armed", "_fd", "_home", "_rung", "_wait")
 
     def __init__(self, home: Home) -> None:
+        self._home = home
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wait = home.wait(self._fd)
         self._armed = False
@@ -109,8 +117,9 @@ class Bell:
     def ring(self) -> None:
         if self._armed:
             self._armed = False
-            os.eventfd_write(self._fd, 1)
-            self._rung = True  # after the write: whoever sees it can read
+            if not self._home.rouse(self._fd):
+                os.eventfd_write(self._fd, 1)
+                self._rung = True  # after the write: whoever sees it can read
 
     def close(self) -> None:
         self._armed = self._rung = False
@@ -150,6 +159,7 @@ class Resident:
         self.loop = loop
         self.broken = False
         self._tasks = set[asyncio.Task[Any]]()
+        self._roused: list[Any] = []
 
     def turn(self) -> None:
         pass
@@ -167,6 +177,19 @@ class Resident:
 
     def wait(self, bell: int) -> Wait:
         return Wait(((bell, select.POLLIN),))
+
+    def rouse(self, bell: int) -> bool:
+        sleepers = sleepers_at(self.loop, bell)
+        if sleepers:
+            if not self._roused:
+                self.loop.call_soon(self.roused)
+            self._roused += sleepers
+        return bool(sleepers)
+
+    def roused(self) -> None:
+        sleepers, self._roused = self._roused, []
+        for sleeper in sleepers:
+            sleeper.wake()
 
     def close(self, farewell: Farewell, cut: Callable[[], None]) -> None:
         if self.loop.is_closed():
@@ -200,15 +223,16 @@ def _begin(coroutine: Coroutine[Any, Any, object], cut: Callable[[], None]) -> C
 
     async def rest() -> None:
         try:
-            await asyncio.wait_for(_finish(_Resumed(coroutine, waited)), _FAREWELL)
+            await asyncio.wait_for(rest_of(coroutine, waited), _FAREWELL)
         except (Exception, asyncio.CancelledError):  # a broken connection has nothing to say, and nobody to hear it
             cut()
 
     return rest()
 
 
-async def _finish(resumed: _Resumed) -> None:
-    await resumed
+async def rest_of(coroutine: Coroutine[Any, Any, object], waited: object) -> None:
+    """Go on, in a task, with a coroutine that was begun without one and has yielded `waited`."""
+    await _Resumed(coroutine, waited)
 
 
 class _Resumed:
@@ -334,6 +358,12 @@ class Driven:
 
     def wait(self, bell: int) -> Wait:
         return Wait(((self._epoll, select.POLLIN), (bell, select.POLLIN)), _AT_MOST)
+
+    def rouse(self, bell: int) -> bool:
+        return False  # who sleeps is a thread
+
+    def roused(self) -> None:
+        pass
 
     def close(self, farewell: Farewell, cut: Callable[[], None]) -> None:
         _care.leave(self)

@@ -23,6 +23,7 @@ from .._options import option
 from .._spi import Steps
 from .._url import Url
 from ._bridge import Home, find_home, forget
+from ._natsreader import shorten
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -248,9 +249,10 @@ class Connection:
 
     async def _on_connected(self) -> None:
         self._stream = _stream(self.client)
+        shorten(self.client, self.home)
 
     async def _on_reconnected(self) -> None:
-        self._stream = _stream(self.client)
+        await self._on_connected()
         self._attempts = 0
         self.reconnects += 1
         log.info("%s: connected again", self.url)
