@@ -40,9 +40,7 @@ __all__ = ["Engine", "ServerOptions", "ShutdownReport"]
 
 _log = logging.getLogger("ipckit")
 _DOOR = "door"
-#: So many connections come or go before the others are looked at again; and of those that come, so many seconds between.
-_AT_A_TIME = 8
-_BREATH = 0.0005
+_BREATH = 0.0004  # seconds after each connection that comes while more of them wait: those who are here have theirs
 _TURN = Wait((), 0.0)
 
 
@@ -140,13 +138,11 @@ class Engine:
         self._door_armed = not self._let_in()  # once more after it was told that we are about to sleep
 
     def _let_in(self) -> bool:
-        """Some of those who wait. True if there may be more: first it is the turn of those who are here."""
-        for _ in range(_AT_A_TIME):
-            link = self.listener.try_accept()
-            if link is None:
-                return False
+        """One of those who wait. True if there may be more: first it is the turn of those who are here."""
+        link = self.listener.try_accept()
+        if link is not None:
             self._admit(link)
-        return True
+        return link is not None
 
     def _admit(self, link: Link) -> None:
         self.counts["connections_accepted"] += 1
@@ -183,7 +179,7 @@ class Engine:
                     self.lose(conn, error)
             if conn.lost:
                 self._bury(conn)
-        for _ in range(min(len(self._graves), _AT_A_TIME)):
+        if self._graves:  # one at a time, as they come
             conn = self._graves.popleft()
             if conn.attendant is None:
                 self._bury(conn)

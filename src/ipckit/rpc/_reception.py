@@ -37,8 +37,6 @@ _log = logging.getLogger("ipckit")
 _COMPLAINTS = 10
 #: Seconds that one too many has to say what it speaks.
 _MOMENT = 0.1
-#: So many that were silent too long are let go before the others are looked at again.
-_AT_A_TIME = 8
 #: So many of them at once; when there are more, the one that has waited longest is told in version 2.
 _WAITING_ROOM = 64
 
@@ -155,10 +153,8 @@ class Reception:
         """Those whose time is up. Returns when to look again."""
         while self._refused and (self._refused[0][1].lost or self._refused[0][0] <= now):
             self._turn_away(self._refused.popleft()[1], _versioned.Version2())
-        for _ in range(_AT_A_TIME):
-            if not self._patience or not (self._patience[0][2].lost or self._patience[0][0] <= now):
-                break
-            self._patient(heapq.heappop(self._patience)[2], now)
+        if self._patience and (self._patience[0][2].lost or self._patience[0][0] <= now):
+            self._patient(heapq.heappop(self._patience)[2], now)  # one: then the others are looked at
         return [each[0][0] for each in (self._refused, self._patience) if each]
 
     def _patient(self, conn: ServerConnection, now: float) -> None:

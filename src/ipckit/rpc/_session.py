@@ -22,7 +22,7 @@ BACKLOG = 4 << 20
 PATIENCE = 0.005
 
 #: Who has been refused so often above its rate is not heard for so many seconds: refusing costs time that is others'.
-REFUSALS, PAUSE = 16, 0.005
+REFUSALS, PAUSE = 4, 0.002
 
 
 class ServerConnection:
