@@ -96,6 +96,11 @@ def located(resource: object, url: Url) -> Url:
     return resource.url if isinstance(resource, Located) else url
 
 
+def body_of(data: Any) -> bytes:
+    """What a codec made, as bytes. Raises TypeError for what is no buffer: `bytes` would make n zeros of a number."""
+    return data if type(data) is bytes else bytes(memoryview(data))
+
+
 def put(outlet: Outlet, parcel: Parcel) -> Steps[None]:
     while not outlet.try_put(parcel):
         wait = outlet.arm(Want.SEND)
@@ -155,6 +160,7 @@ def _unconfirmed(parcels: Sequence[Parcel], url: Url, operation: str) -> errors.
         url=url,
         operation=operation,
         message_id=parcels[-1].id,
+        message_ids=tuple(parcel.id for parcel in parcels),
         hint="sending it again with id= the same makes no duplicate where the transport is durable",
     )
 

@@ -216,11 +216,12 @@ class LinkIntake:
         ticket = Ticket(giver, giver.number)
         if parcel.id:
             held = session.open.get(parcel.id)
-            if held is not None:  # the user has it: what they say about it goes over this link
+            if held is not None and held.giver is not giver:
+                # The user has it: what they say about it goes over this link.
                 held.giver, held.number = giver, giver.number
                 self._duplicates += 1
                 return None
-            if parcel.id in session:
+            if held is not None or parcel.id in session:
                 giver.acks.append(giver.number)
                 self._owing.add(giver)
                 self._duplicates += 1

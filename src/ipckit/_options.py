@@ -11,7 +11,7 @@ Durations carry units (`20us`, `1.5s`), sizes too (`64KiB`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -117,20 +117,23 @@ def read_both(first: type[T], second: type[U], url: Url) -> tuple[T, U]:
     mine = {f.name for f in fields(first)}  # type: ignore[arg-type]
     own = tuple(pair for pair in url.options if pair[0] in mine)
     rest = tuple(pair for pair in url.options if pair[0] not in mine)
-    return read(first, replace(url, options=own)), read(second, replace(url, options=rest))
+    return read(first, replace(url, options=own)), read(second, replace(url, options=rest), mine)
 
 
-def read(cls: type[T], url: Url) -> T:
-    """Make `cls` from the options of the URL. Raises BadOption with a suggestion, or with what would be a good value."""
+def read(cls: type[T], url: Url, besides: Iterable[str] = ()) -> T:
+    """Make `cls` from the options of the URL. Raises BadOption with a suggestion, or with what would be a good value.
+
+    `besides`: names that the URL may have as well, and that somebody else has read.
+    """
     known = {f.name.rstrip("_"): f for f in fields(cls)}  # type: ignore[arg-type]
     values: dict[str, object] = {}
     for name, written in url.options:
         if name not in known:
-            names = ", ".join(sorted(known)) or "none"
+            names = sorted({*known, *besides})
             raise BadOption(
                 f"there is no option {name!r}",
                 url=url,
-                hint=likeliest(name, known, f"{url.scheme} takes: {names}"),
+                hint=likeliest(name, names, f"{url.scheme} takes: {', '.join(names) or 'none'}"),
             )
         try:
             values[known[name].name] = known[name].metadata["parse"](written)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from threading import BrokenBarrierError
+from typing import Any
 
 
 class IpcError(Exception):
@@ -146,6 +147,7 @@ class OutcomeUnknown(Timeout):
     Attributes:
         message_id: sending again with this id makes no duplicate; None where the transport has no ids, and then the
             hint says what will happen to the message.
+        message_ids: of a batch, the ids of all that left us, in their order; what comes after them was not sent.
     """
 
     def __init__(
@@ -156,9 +158,11 @@ class OutcomeUnknown(Timeout):
         operation: str | None = None,
         hint: str | None = None,
         message_id: str | None = None,
+        message_ids: tuple[str, ...] = (),
     ) -> None:
         super().__init__(message, url=url, operation=operation, hint=hint)
         self.message_id = message_id
+        self.message_ids = message_ids or (() if message_id is None else (message_id,))
 
 
 class QueueFull(IpcError):
@@ -174,11 +178,23 @@ class ProtocolError(IpcError):
 
 
 class CodecError(ProtocolError):
-    """The bytes are not what the codec can read, or the value not what it can write."""
+    """The bytes are not what the codec can read, or the value not what it can write.
+
+    Attributes:
+        undecoded: of a queue's or topic's `recv`: the message as it came. Its value is bytes; settle it like any other.
+    """
+
+    undecoded: Any = None
 
 
 class SchemaError(ProtocolError):
-    """The value is not of the declared type; the message has the path (`$.qty: expected int`)."""
+    """The value is not of the declared type; the message has the path (`$.qty: expected int`).
+
+    Attributes:
+        undecoded: as of `CodecError`.
+    """
+
+    undecoded: Any = None
 
 
 # -- remote calls -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from ._options import LONGEST
 from .errors import BadOption, IpcError
 
 T = TypeVar("T")
@@ -83,22 +84,28 @@ def new_id() -> str:
     return f"{_origin}{next(_numbers):08x}"
 
 
-def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str]:
+def check_headers(headers: Mapping[str, str] | None, url: object = None) -> Mapping[str, str]:
     """Refuse what could not travel on every transport. Raises BadOption."""
     if not headers:
         return _NO_HEADERS
     for name, value in headers.items():
-        if not _HEADER.match(name):
-            raise BadOption(f"{name!r} is no header name", hint="lower-case letters, digits, '_', '.', '-'")
+        if not isinstance(name, str) or not _HEADER.match(name):
+            raise BadOption(f"{name!r} is no header name", url=url, hint="lower-case letters, digits, '_', '.', '-'")
         if not isinstance(value, str) or any(ord(c) < 0x20 or ord(c) == 0x7F for c in value):
-            raise BadOption(f"header {name!r} must be text without control characters")
+            raise BadOption(f"header {name!r} must be text without control characters", url=url)
     return dict(headers)
 
 
-def check_id(id: str) -> str:
-    if not _ID.match(id):
-        raise BadOption("a message id has 1 to 128 printable ASCII characters without spaces")
+def check_id(id: str, url: object = None) -> str:
+    if not isinstance(id, str) or not _ID.match(id):
+        raise BadOption("a message id has 1 to 128 printable ASCII characters without spaces", url=url)
     return id
+
+
+def check_delay(delay: float) -> float:
+    if not 0 <= delay <= LONGEST:
+        raise BadOption(f"a delay is from 0 to {LONGEST} seconds, not {delay!r}", operation="nack")
+    return delay
 
 
 def matches(pattern: str, topic: str) -> bool:
@@ -135,7 +142,7 @@ def compiled(pattern: str) -> Callable[[str], bool]:
 class _Base(Generic[T]):
     __slots__ = ("_parcel", "_settle", "value")
 
-    def __init__(self, value: T, parcel: Parcel, settle: Callable[[Parcel, Verdict, float], Any]) -> None:
+    def __init__(self, value: T, parcel: Parcel, settle: Callable[[Parcel, Verdict, float, float | None], Any]) -> None:
         self.value = value
         self._parcel = parcel
         self._settle = settle
@@ -172,21 +179,25 @@ class _Base(Generic[T]):
 
 
 class Message(_Base[T]):
-    """A message and, where the transport has acknowledgement, its fate. Settling twice is harmless."""
+    """A message and, where the transport has acknowledgement, its fate. Settling twice is harmless.
+
+    The verbs return when the transport has noted it. `timeout`: seconds; None waits, for a broker that is away as well. Raises
+    Timeout, and then it is told later, by itself; Closed.
+    """
 
     __slots__ = ()
 
-    def ack(self) -> None:
-        """Done. Returns when the transport has noted it."""
-        self._settle(self._parcel, Verdict.ACK, 0.0)
+    def ack(self, timeout: float | None = None) -> None:
+        """Done."""
+        self._settle(self._parcel, Verdict.ACK, 0.0, timeout)
 
-    def nack(self, delay: float = 0.0) -> None:
+    def nack(self, delay: float = 0.0, timeout: float | None = None) -> None:
         """Hand it out again, to anybody, in `delay` seconds."""
-        self._settle(self._parcel, Verdict.NACK, delay)
+        self._settle(self._parcel, Verdict.NACK, check_delay(delay), timeout)
 
-    def extend(self) -> None:
+    def extend(self, timeout: float | None = None) -> None:
         """Still at work: start its time again."""
-        self._settle(self._parcel, Verdict.EXTEND, 0.0)
+        self._settle(self._parcel, Verdict.EXTEND, 0.0, timeout)
 
 
 class AsyncMessage(_Base[T]):
@@ -194,11 +205,11 @@ class AsyncMessage(_Base[T]):
 
     __slots__ = ()
 
-    def ack(self) -> Awaitable[None]:
-        return self._settle(self._parcel, Verdict.ACK, 0.0)  # type: ignore[no-any-return]
+    def ack(self, timeout: float | None = None) -> Awaitable[None]:
+        return self._settle(self._parcel, Verdict.ACK, 0.0, timeout)  # type: ignore[no-any-return]
 
-    def nack(self, delay: float = 0.0) -> Awaitable[None]:
-        return self._settle(self._parcel, Verdict.NACK, delay)  # type: ignore[no-any-return]
+    def nack(self, delay: float = 0.0, timeout: float | None = None) -> Awaitable[None]:
+        return self._settle(self._parcel, Verdict.NACK, check_delay(delay), timeout)  # type: ignore[no-any-return]
 
-    def extend(self) -> Awaitable[None]:
-        return self._settle(self._parcel, Verdict.EXTEND, 0.0)  # type: ignore[no-any-return]
+    def extend(self, timeout: float | None = None) -> Awaitable[None]:
+        return self._settle(self._parcel, Verdict.EXTEND, 0.0, timeout)  # type: ignore[no-any-return]

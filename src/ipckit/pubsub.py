@@ -21,8 +21,9 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, Yielding, located, put_all
-from ._spi import Intake, OnFull, Publishing, PublishTerms, SpinningIntake, Steps, Topics, TopicTerms, Want
+from ._endpoint import Endpoint, Opening, Yielding, body_of, located, put_all
+from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
+from ._taking import Taking
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -76,29 +77,8 @@ class _Publishing:
             yield wait
 
 
-class _Subscribing:
-    __slots__ = ("_intake", "_look")
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._look = intake.spin_get if isinstance(intake, SpinningIntake) else intake.try_get
-
-    def recv(self) -> Steps[Parcel]:
-        while (parcel := self._look()) is None:
-            wait = self._intake.arm(Want.RECV)
-            if (parcel := self._intake.try_get()) is not None:
-                break
-            yield wait
-        return parcel
-
-    def recv_many(self, limit: int) -> Steps[list[Parcel]]:
-        parcels = [(yield from self.recv())]
-        try:
-            while len(parcels) < limit and (parcel := self._intake.try_get()) is not None:
-                parcels.append(parcel)
-        except errors.IpcError:
-            pass  # sticky: the next call raises it
-        return parcels
+class _Subscribing(Taking):
+    __slots__ = ()
 
     def settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> Steps[None]:
         while not (self._intake.try_settle(parcel, verdict, delay) and self._intake.try_flush()):
@@ -118,9 +98,9 @@ class _BasePublisher(Endpoint, Generic[T]):
 
     def _parcel(self, value: T, topic: str, headers: Mapping[str, str] | None) -> Parcel:
         return Parcel(
-            bytes(self._encode(value)),
+            body_of(self._encode(value)),
             new_id(),
-            check_headers(headers),
+            check_headers(headers, self.url),
             topic=check_topic(topic, self.url, pattern=False) if topic else "",
         )
 
@@ -188,8 +168,7 @@ class _BaseSubscriber(Endpoint, Generic[T]):
     def __init__(self, intake: Intake, opening: Opening) -> None:
         super().__init__(intake, located(intake, opening.url), opening.capabilities)
         self._intake = intake
-        self._steps = _Subscribing(intake)
-        self._decode: Callable[[bytes], T] = opening.codec.decode
+        self._steps = _Subscribing(intake, self.url, opening.codec.decode)
         self._rx = Lane(self._gate, "recv")
         self._tx = Lane(self._gate, "ack")
 
@@ -203,16 +182,20 @@ class Subscriber(_BaseSubscriber[T]):
 
     def recv(self, timeout: float | None = None) -> Message[T]:
         """The next message. `gap` says how many were dropped right before it."""
-        return self._message(run(self._steps.recv(), self._rx, timeout))
+        return run(self._steps.recv(self._message), self._rx, timeout)
 
     def recv_many(self, limit: int, timeout: float | None = None) -> list[Message[T]]:
-        return [self._message(parcel) for parcel in run(self._steps.recv_many(limit), self._rx, timeout)]
+        """Wait for one message, then take what is there, `limit` at most.
 
-    def _message(self, parcel: Parcel) -> Message[T]:
-        return Message(self._decode(parcel.body), parcel, self._settle)
+        Where one of them is not what was declared, the messages before it are returned, and the next call raises its error.
+        """
+        return run(self._steps.recv_many(limit, self._message), self._rx, timeout)
 
-    def _settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> None:
-        run(self._steps.settle(parcel, verdict, delay), self._tx, None)
+    def _message(self, value: T, parcel: Parcel) -> Message[T]:
+        return Message(value, parcel, self._settle)
+
+    def _settle(self, parcel: Parcel, verdict: Verdict, delay: float, timeout: float | None) -> None:
+        run(self._steps.settle(parcel, verdict, delay), self._tx, timeout)
 
     def close(self) -> None:
         self._close()
@@ -238,16 +221,16 @@ class AsyncSubscriber(_BaseSubscriber[T]):
     """`Subscriber`, awaited."""
 
     async def recv(self, timeout: float | None = None) -> AsyncMessage[T]:
-        return self._message(await arun(self._steps.recv(), self._rx, timeout))
+        return await arun(self._steps.recv(self._message), self._rx, timeout)
 
     async def recv_many(self, limit: int, timeout: float | None = None) -> list[AsyncMessage[T]]:
-        return [self._message(parcel) for parcel in await arun(self._steps.recv_many(limit), self._rx, timeout)]
+        return await arun(self._steps.recv_many(limit, self._message), self._rx, timeout)
 
-    def _message(self, parcel: Parcel) -> AsyncMessage[T]:
-        return AsyncMessage(self._decode(parcel.body), parcel, self._settle)
+    def _message(self, value: T, parcel: Parcel) -> AsyncMessage[T]:
+        return AsyncMessage(value, parcel, self._settle)
 
-    async def _settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> None:
-        await arun(self._steps.settle(parcel, verdict, delay), self._tx, None)
+    async def _settle(self, parcel: Parcel, verdict: Verdict, delay: float, timeout: float | None) -> None:
+        await arun(self._steps.settle(parcel, verdict, delay), self._tx, timeout)
 
     async def close(self) -> None:
         self._close()

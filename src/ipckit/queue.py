@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from . import _options, errors
-from ._endpoint import Endpoint, Opening, Yielding, confirm, located, put, put_all
+from ._endpoint import Endpoint, Opening, Yielding, body_of, confirm, located, put, put_all
 from ._spi import Draining, Intake, Outlet, Queues, QueueTerms, SidedQueues, Steps, Want
+from ._taking import M, Taking, Wrap
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import Codec
@@ -53,38 +54,22 @@ class _Sending:
             yield wait
 
 
-class _Receiving:
+class _Receiving(Taking):
     """The receiving verbs as steps over an Intake.
 
     `auto`: what was handed out is acknowledged when the next is asked for, so that a crash in between redelivers it.
     """
 
-    __slots__ = ("_auto", "_intake", "_open")
+    __slots__ = ("_auto", "_open")
 
-    def __init__(self, intake: Intake, manual: bool) -> None:
-        self._intake = intake
+    def __init__(self, intake: Intake, url: Url, decode: Callable[[bytes], Any], manual: bool) -> None:
+        super().__init__(intake, url, decode)
         self._auto = not manual
         self._open: list[Parcel] = []
 
-    def recv(self) -> Steps[Parcel]:
+    def recv(self, wrap: Wrap[M]) -> Steps[M]:
         yield from self.finish()
-        while (parcel := self._intake.try_get()) is None:
-            wait = self._intake.arm(Want.RECV)
-            if (parcel := self._intake.try_get()) is not None:
-                break
-            yield wait
-        self._hand_out(parcel)
-        return parcel
-
-    def recv_many(self, limit: int) -> Steps[list[Parcel]]:
-        parcels = [(yield from self.recv())]
-        try:
-            while len(parcels) < limit and (parcel := self._intake.try_get()) is not None:
-                self._hand_out(parcel)
-                parcels.append(parcel)
-        except errors.IpcError:
-            pass  # sticky: the next call raises it, after these were delivered
-        return parcels
+        return (yield from super().recv(wrap))
 
     def _hand_out(self, parcel: Parcel) -> None:
         if self._auto:
@@ -124,7 +109,10 @@ class _BaseSender(Endpoint, Generic[T]):
 
     def _parcel(self, value: T, id: str | None, headers: Mapping[str, str] | None, priority: int) -> Parcel:
         return Parcel(
-            bytes(self._encode(value)), new_id() if id is None else check_id(id), check_headers(headers), priority
+            body_of(self._encode(value)),
+            new_id() if id is None else check_id(id, self.url),
+            check_headers(headers, self.url),
+            priority,
         )
 
     def stats(self) -> Mapping[str, int]:
@@ -153,7 +141,11 @@ class Sender(_BaseSender[T]):
         return run(self._steps.send(self._parcel(value, id, headers, priority)), self._lane, timeout)
 
     def send_many(self, values: Sequence[T], timeout: float | None = None) -> int:
-        """Send them all, confirmed together. Returns how many, which is fewer only when the time was up."""
+        """Send them all, confirmed together. Returns how many, which is fewer only when the time was up.
+
+        Raises: OutcomeUnknown, whose `message_ids` are those of the values that left, the first ones; send each of them again by
+            `send` with its id, and the others anew.
+        """
         return run(self._steps.send_many([self._parcel(v, None, None, 0) for v in values]), self._lane, timeout)
 
     def drain(self, timeout: float | None = None) -> None:
@@ -212,8 +204,7 @@ class _BaseReceiver(Endpoint, Generic[T]):
     def __init__(self, intake: Intake, opening: Opening, terms: QueueTerms) -> None:
         super().__init__(intake, located(intake, opening.url), opening.capabilities)
         self._intake = intake
-        self._steps = _Receiving(intake, terms.manual)
-        self._decode: Callable[[bytes], T] = opening.codec.decode
+        self._steps = _Receiving(intake, self.url, opening.codec.decode, terms.manual)
         self._rx = Lane(self._gate, "recv")
         self._tx = Lane(self._gate, "ack")
 
@@ -228,19 +219,23 @@ class Receiver(_BaseReceiver[T]):
     def recv(self, timeout: float | None = None) -> Message[T]:
         """The next message. With `ack="auto"` this acknowledges the one before.
 
-        Raises: SchemaError or CodecError for a body that is not what was declared.
+        Raises: SchemaError or CodecError for a body that is not what was declared. `error.undecoded` is that message: with
+            `ack="manual"` settle it; else it is acknowledged like any other.
         """
-        return self._message(run(self._steps.recv(), self._rx, timeout))
+        return run(self._steps.recv(self._message), self._rx, timeout)
 
     def recv_many(self, limit: int, timeout: float | None = None) -> list[Message[T]]:
-        """Wait for one message, then take what is there, `limit` at most."""
-        return [self._message(parcel) for parcel in run(self._steps.recv_many(limit), self._rx, timeout)]
+        """Wait for one message, then take what is there, `limit` at most.
 
-    def _message(self, parcel: Parcel) -> Message[T]:
-        return Message(self._decode(parcel.body), parcel, self._settle)
+        Where one of them is not what was declared, the messages before it are returned, and the next call raises its error.
+        """
+        return run(self._steps.recv_many(limit, self._message), self._rx, timeout)
 
-    def _settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> None:
-        run(self._steps.settle(parcel, verdict, delay), self._tx, None)
+    def _message(self, value: T, parcel: Parcel) -> Message[T]:
+        return Message(value, parcel, self._settle)
+
+    def _settle(self, parcel: Parcel, verdict: Verdict, delay: float, timeout: float | None) -> None:
+        run(self._steps.settle(parcel, verdict, delay), self._tx, timeout)
 
     def close(self) -> None:
         """Immediate. What was handed out and not acknowledged is handed out again, to somebody else."""
@@ -260,25 +255,27 @@ class Receiver(_BaseReceiver[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self.closed:
-            run(self._steps.finish(), self._tx, None)
-        self.close()
+        try:
+            if kind is None and not self.closed:
+                run(self._steps.finish(), self._tx, None)
+        finally:
+            self.close()
 
 
 class AsyncReceiver(_BaseReceiver[T]):
     """`Receiver`, awaited."""
 
     async def recv(self, timeout: float | None = None) -> AsyncMessage[T]:
-        return self._message(await arun(self._steps.recv(), self._rx, timeout))
+        return await arun(self._steps.recv(self._message), self._rx, timeout)
 
     async def recv_many(self, limit: int, timeout: float | None = None) -> list[AsyncMessage[T]]:
-        return [self._message(parcel) for parcel in await arun(self._steps.recv_many(limit), self._rx, timeout)]
+        return await arun(self._steps.recv_many(limit, self._message), self._rx, timeout)
 
-    def _message(self, parcel: Parcel) -> AsyncMessage[T]:
-        return AsyncMessage(self._decode(parcel.body), parcel, self._settle)
+    def _message(self, value: T, parcel: Parcel) -> AsyncMessage[T]:
+        return AsyncMessage(value, parcel, self._settle)
 
-    async def _settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> None:
-        await arun(self._steps.settle(parcel, verdict, delay), self._tx, None)
+    async def _settle(self, parcel: Parcel, verdict: Verdict, delay: float, timeout: float | None) -> None:
+        await arun(self._steps.settle(parcel, verdict, delay), self._tx, timeout)
 
     async def close(self) -> None:
         self._close()
@@ -296,9 +293,11 @@ class AsyncReceiver(_BaseReceiver[T]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self.closed:
-            await arun(self._steps.finish(), self._tx, None)
-        await self.close()
+        try:
+            if kind is None and not self.closed:
+                await arun(self._steps.finish(), self._tx, None)
+        finally:
+            await self.close()
 
 
 # -- opening ------------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import ipckit
 from ipckit import aio, errors
 from ipckit.testing.servers import redis_server
+from ipckit.transports import _redis_log
 
 redis = pytest.importorskip("redis")
 
@@ -531,6 +533,75 @@ def test_a_paused_server_makes_unknowns_and_no_duplicates(address, client, name,
         assert work.recv(timeout=5).id == "mine"
         nothing(work)
     assert client.xlen(name) == 1
+
+
+def test_what_the_server_may_have_forgotten_is_not_sent_again(monkeypatch):
+    """It was away for longer than it remembers ids: sent again, the message could be there twice."""
+    with redis_server(private=True) as server, ipckit.sender(server.address("/0/jobs")) as jobs:
+        told = queue.SimpleQueue()
+
+        def send():
+            try:
+                told.put(jobs.send(b"x", id="mine"))
+            except errors.IpcError as error:
+                told.put(error)
+
+        server.pause()
+        sending = threading.Thread(target=send)
+        sending.start()
+        until(lambda: jobs.stats()["unconfirmed"] == 1)
+        now = time.monotonic
+        monkeypatch.setattr(_redis_log, "time", SimpleNamespace(monotonic=lambda: now() + 120))
+        server.kill()
+        server.start()
+        error = told.get(timeout=20)
+        sending.join()
+        assert isinstance(error, errors.OutcomeUnknown), error
+        assert (error.message_id, error.message_ids) == ("mine", ("mine",))
+        jobs.send(b"y", timeout=10)
+        with ipckit.receiver(server.address("/0/jobs")) as work:
+            assert work.recv(timeout=5).value == b"y"
+            nothing(work)
+
+
+def test_a_batch_whose_fate_is_unknown_has_all_its_ids(server, address, client, name):
+    with ipckit.sender(address()) as jobs, ipckit.receiver(address()) as work:
+        server.pause()
+        try:
+            with pytest.raises(errors.OutcomeUnknown) as unknown:
+                jobs.send_many([b"0", b"1", b"2"], timeout=0.2)
+        finally:
+            server.resume()
+        for number, id in enumerate(unknown.value.message_ids):
+            jobs.send(b"%d" % number, id=id, timeout=10)
+        assert values(work, 3) == [b"0", b"1", b"2"]
+        nothing(work)
+    assert client.xlen(name) == 3
+
+
+def test_an_acknowledgement_that_is_late_is_made_up_for(server, address, client, name):
+    with ipckit.sender(address()) as jobs, ipckit.receiver(address(), ack="manual") as work:
+        jobs.send(b"x", timeout=5)
+        message = work.recv(timeout=5)
+        server.pause()
+        try:
+            with pytest.raises(errors.Timeout, match="ack"):
+                message.ack(timeout=0.2)
+        finally:
+            server.resume()
+        message.ack(timeout=5)
+        assert not pending(client, name)
+
+
+def test_no_group_is_no_name(address):
+    with pytest.raises(errors.BadOption, match="is no name of a group"):
+        ipckit.receiver(address(), group="")
+
+
+@pytest.mark.parametrize(("priority", "lanes"), [(-1, 2), (1, 2), (7, 8), (99, 16)])
+def test_a_lane_that_is_not_there(address, priority, lanes):
+    with ipckit.sender(address()) as jobs, pytest.raises(errors.Unsupported, match=f"lanes={lanes} at every"):
+        jobs.send(b"x", priority=priority)
 
 
 # -- shells -----------------------------------------------------------------------------------------------------------

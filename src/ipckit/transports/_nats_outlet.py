@@ -202,6 +202,7 @@ class JetOutlet:
                         url=self._jet.url,
                         operation="send",
                         message_id=sent.parcel.id,
+                        hint="look whether it is there before you send it again; dedup= says how long ids are remembered",
                     )
                     self._forget(number, sent)
             self._resend([sent for sent in self._pending.values() if now > sent.repeat])

@@ -7,12 +7,14 @@ without `id`, the entry's own id is the message's.
 `Adding` is the sending side. Each message is one call of a script that adds it unless its id was added before; what was not
 acknowledged when the connection broke is sent again on the next one, with the same ids, in the same order. So a message is in
 the log once or, if the user gave up waiting (OutcomeUnknown), at most once; and sending it again with its id stays harmless
-for as long as the server remembers ids (`dedup=`).
+for as long as the server remembers ids (`dedup=`). What was sent longer ago than that, and never confirmed, is not sent again:
+nobody can tell any more, so it is raised as OutcomeUnknown.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,10 +124,12 @@ def read_entry(number: bytes, fields: list[bytes]) -> tuple[Parcel, int | None]:
 # -- adding ---------------------------------------------------------------------------------------------------------------
 
 
-class _Pending(NamedTuple):
-    words: tuple[Word, ...]
-    parcel: Parcel
-    size: int
+class _Pending:
+    __slots__ = ("parcel", "since", "size", "words")
+
+    def __init__(self, words: tuple[Word, ...], parcel: Parcel) -> None:
+        self.words, self.parcel, self.size = words, parcel, len(parcel.body)
+        self.since: float | None = None  # when the server may have heard of it first
 
 
 class Adding:
@@ -166,8 +170,26 @@ class Adding:
         yield from wire.ask("SCRIPT", "LOAD", self._script.text)
 
     def _opened(self, wire: Wire) -> None:
-        for pending in self._pending:
-            wire.tell(self._added, *pending.words)
+        # Two clocks: the server forgets an id by its own.
+        too_old = time.monotonic() - self._options.dedup * 0.9
+        for pending in tuple(self._pending):
+            if pending.since is not None and pending.since < too_old:
+                self._pending.remove(pending)
+                self._held -= pending.size
+                pending.parcel.failure = errors.OutcomeUnknown(
+                    "sent, and not confirmed for so long that the server may have forgotten its id",
+                    url=self._address.url,
+                    operation="send",
+                    message_id=pending.parcel.id,
+                    hint="look whether it is there before you send it again; dedup= says how long ids are remembered",
+                )
+            else:
+                self._tell(wire, pending)
+
+    def _tell(self, wire: Wire, pending: _Pending) -> None:
+        if pending.since is None:
+            pending.since = time.monotonic()
+        wire.tell(self._added, *pending.words)
 
     def try_put(self, parcel: Parcel) -> bool:
         if self._held >= _MAX_HELD or len(self._pending) >= _MAX_WAITING:
@@ -175,11 +197,11 @@ class Adding:
             if self._held >= _MAX_HELD or len(self._pending) >= _MAX_WAITING:
                 return False
         wire = self.line.ready()
-        pending = _Pending(self._words(parcel), parcel, len(parcel.body))
+        pending = _Pending(self._words(parcel), parcel)
         self._pending.append(pending)
         self._held += pending.size
         if wire is not None:
-            wire.tell(self._added, *pending.words)
+            self._tell(wire, pending)
             if len(self._pending) == 1 or wire.held >= 64 << 10:
                 self.line.push()
         return True
@@ -192,9 +214,10 @@ class Adding:
             )
         if not 0 <= parcel.priority < self._lanes:
             raise errors.Unsupported(
-                f"there is no lane for priority {parcel.priority}",
+                f"there is no lane for priority {parcel.priority}, and there are {self._lanes}",
                 url=url,
-                hint=f"?lanes={min(parcel.priority + 1, MAX_LANES)} at every sender and receiver",
+                operation="send",
+                hint=f"lanes={min(max(parcel.priority, 1) + 1, MAX_LANES)} at every sender and receiver",
             )
         fields: list[Word] = ["body", parcel.body, "id", parcel.id]
         if self._topics:

@@ -137,7 +137,8 @@ class RedisTransport(
             tail = Tail(address, options, None)
             yield from tail.open()
             return tail
-        intake = GroupIntake(address, options, _group(url, terms.group or GROUP), lanes=options.lanes)
+        group = GROUP if terms.group is None else _group(url, terms.group)
+        intake = GroupIntake(address, options, group, lanes=options.lanes)
         yield from intake.open()
         return intake
 

@@ -91,6 +91,20 @@ async def take(end: Any, count: int, verb: str | None = None, timeout: float = 2
     return got
 
 
+async def take_batches(end: Any, count: int, verb: str, timeout: float = 20) -> list[Any]:
+    """Receive so many by `recv_many`, and settle each with `verb`; their values, or the bytes of what has none."""
+    got: list[Any] = []
+    while len(got) < count:
+        try:
+            messages = await promptly(end.recv_many(count - len(got), timeout), timeout)
+        except (errors.CodecError, errors.SchemaError) as error:
+            messages = [error.undecoded]
+        for message in messages:
+            got.append(message.value)
+            await settle(message, verb)
+    return got
+
+
 async def take_all(end: Any, quiet: float, verb: str | None = None) -> list[Taken]:
     """Receive, and settle each with `verb`, until `STOP`, or nothing came for a while, or it was closed, or there is nobody."""
     got: list[Taken] = []

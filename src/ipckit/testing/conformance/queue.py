@@ -19,7 +19,18 @@ from ._base import SLACK, Contract, eventually, raises
 from ._parties import HANG, End, Local, Party, ShellName, shell_of
 from ._process import Process, Remote
 from ._programs import payload, sizes, used_in_child
-from ._queueing import STOP, Taken, give, give_until_held, impatient, refuse, stopped, take, take_all
+from ._queueing import (
+    STOP,
+    Taken,
+    give,
+    give_until_held,
+    impatient,
+    refuse,
+    stopped,
+    take,
+    take_all,
+    take_batches,
+)
 
 
 class Job(msgspec.Struct):
@@ -136,6 +147,20 @@ class QueueContract(Contract):
             receiver.call("recv", 10)
         sender.call("send", Job("resize", 17), 10)
         assert values(receiver.run(take, 1).result(HANG)) == [Job("resize", 17)]
+
+    def test_a_bad_one_costs_no_other(
+        self, here: Local, neighbour: Local, url: str, capabilities: Capabilities
+    ) -> None:
+        """Whatever batches they come in; and it can be settled, so that nobody has it again."""
+        self.needs(capabilities.listen, "listen")
+        receiver = neighbour.open("receiver", url, timeout=10, type=Job, ack="manual").result(HANG)
+        sender = here.open("sender", receiver.url, timeout=10).result(HANG)
+        first, last = Job("resize", 1), Job("resize", 2)
+        bodies = [msgspec.msgpack.encode(first), b"no job", msgspec.msgpack.encode(last)]
+        assert sender.call("send_many", bodies, 10) == 3
+        assert receiver.run(take_batches, 3, "ack").result(HANG) == [first, b"no job", last]
+        sender.call("drain", HANG)
+        raises(errors.Timeout, lambda: receiver.call("recv", 0.1))
 
     def test_batches(self, here: Local, there: Party, url: str) -> None:
         sender, receiver = self.feed(here, there, url)
