@@ -259,9 +259,7 @@ class _Reader:
 
 
 def _text(value: str) -> bytes:
-    data = value.encode()
-    if len(data) > 0xFFFF:
-        raise errors.Unsupported("headers above 65535 bytes do not travel here")
+    data = value.encode()  # of headers, ids and topics, which are shorter than 64 KiB
     return _u16.pack(len(data)) + data
 
 

@@ -23,6 +23,9 @@ from .errors import BadOption, IpcError
 T = TypeVar("T")
 
 _HEADER = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}\Z")
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # lone surrogates have no bytes
+_MOST_HEADERS = 1000  # what a script's call takes is limited, on Redis
+_LONGEST_HEADER = 0xFFFF
 _ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
 _NO_HEADERS: Mapping[str, str] = {}
 
@@ -88,11 +91,15 @@ def check_headers(headers: Mapping[str, str] | None, url: object = None) -> Mapp
     """Refuse what could not travel on every transport. Raises BadOption."""
     if not headers:
         return _NO_HEADERS
+    if len(headers) > _MOST_HEADERS:
+        raise BadOption(f"{len(headers)} headers, and {_MOST_HEADERS} are the most", url=url)
     for name, value in headers.items():
         if not isinstance(name, str) or not _HEADER.match(name):
             raise BadOption(f"{name!r} is no header name", url=url, hint="lower-case letters, digits, '_', '.', '-'")
-        if not isinstance(value, str) or any(ord(c) < 0x20 or ord(c) == 0x7F for c in value):
+        if not isinstance(value, str) or _NO_TEXT.search(value):
             raise BadOption(f"header {name!r} must be text without control characters", url=url)
+        if len(value) * 4 > _LONGEST_HEADER and len(value.encode()) > _LONGEST_HEADER:
+            raise BadOption(f"header {name!r} has more than {_LONGEST_HEADER} bytes", url=url)
     return dict(headers)
 
 

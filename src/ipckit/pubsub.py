@@ -32,7 +32,7 @@ from .message import matches as matches
 
 T = TypeVar("T")
 
-_LEVEL = re.compile(r"[^\s.*>\x00-\x1f\x7f]{1,100}\Z")
+_LEVEL = re.compile(r"[^\s.*>\x00-\x1f\x7f\ud800-\udfff]{1,100}\Z")
 
 
 @functools.lru_cache(maxsize=1024)

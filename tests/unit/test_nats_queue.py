@@ -320,6 +320,14 @@ def test_too_large(shared, name):
         jobs.send(bytes(2 << 20), HANG)
 
 
+@pytest.mark.parametrize("value", [" before", "after "])
+def test_a_header_that_nats_would_change(shared, name, value):
+    with ipckit.sender(shared.address(f"/{name}")) as jobs:
+        with pytest.raises(errors.Unsupported, match="header 'a' begins or ends with a space"):
+            jobs.send(b"x", headers={"a": value})
+        jobs.send(b"x", timeout=5)
+
+
 def test_messages_of_other_programs(shared, name):
     url = shared.address(f"/{name}")
     with ipckit.receiver(url) as received:

@@ -198,3 +198,22 @@ def test_the_same_id_again_while_its_first_is_at_work():
         second.ack()
         jobs.drain(5)
         assert work.stats()["duplicates"] == 200
+
+
+@pytest.mark.parametrize("where", ["fifo", "unix"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"a": "half a character: \udc80"},
+        {"a": "x" * 65536},
+        {"a": "ü" * 32768},
+        {f"a{number}": "x" for number in range(1001)},
+    ],
+)
+def test_headers_that_cannot_travel_are_refused_everywhere(url, where, headers):
+    url = url.replace("fifo", where)
+    with ipckit.receiver(url) as work, ipckit.sender(url) as jobs:
+        with pytest.raises(errors.BadOption, match=f"^{url}: "):
+            jobs.send(b"x", 5, headers=headers)
+        jobs.send(b"y", 5, headers={"a": "x" * 65535})
+        assert len(work.recv(5).headers["a"]) == 65535

@@ -51,7 +51,7 @@ class CorePublisher:
             self._jet.check("publish")
             return False
         subject = f"{self._stream}.{parcel.topic}" if parcel.topic else self._stream
-        headers = header_block(parcel.id, parcel.headers, self._numbers.line(subject))
+        headers = header_block(self._jet.url, parcel.id, parcel.headers, self._numbers.line(subject))
         most = min(self._limit, self._jet.client.max_payload - len(headers))
         if len(parcel.body) > most:
             raise errors.MessageTooLarge(

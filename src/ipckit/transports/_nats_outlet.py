@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import errors
 from .._spi import OnFull, Wait, Want
+from .._url import Url
 from ..message import Parcel
 from ._bridge import Bell
 from ._jetstream import PASSING, ApiError, Jet, command, refusal
@@ -29,7 +30,10 @@ _RESEND = 1.0  # seconds without an answer before it is said again; then twice a
 _RESEND_MOST = 4.0
 
 
-def header_block(id: str, headers: Mapping[str, str], extra: str = "") -> bytes:
+def header_block(url: Url, id: str, headers: Mapping[str, str], extra: str = "") -> bytes:
+    for name, value in headers.items():
+        if value[:1] == " " or value[-1:] == " ":
+            raise errors.Unsupported(f"header {name!r} begins or ends with a space, which NATS drops", url=url)
     lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
     return f"NATS/1.0\r\n{MSG_ID}: {id}\r\n{extra}{''.join(lines)}\r\n".encode()
 
@@ -94,7 +98,7 @@ class JetOutlet:
             if not self._room():
                 return False
         subject, extra = self._subject(parcel)
-        headers = header_block(parcel.id, parcel.headers, extra)
+        headers = header_block(self._jet.url, parcel.id, parcel.headers, extra)
         most = self._jet.client.max_payload
         if len(headers) + len(parcel.body) > most:
             raise errors.MessageTooLarge(

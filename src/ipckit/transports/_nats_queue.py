@@ -301,7 +301,7 @@ class JetIntake:
         id = f"{headers.pop(MSG_ID, '')}@{self._stream}.{facts[0]}.{facts[2]}"
         headers = {name: value for name, value in headers.items() if not name.startswith("Nats-")}
         headers |= {"x-dead-from": self._stream, "x-dead-group": facts[0], "x-dead-deliveries": str(facts[1] - 1)}
-        await self._jet.insist(f"{self._stream}-dead", message.data, header_block(id, headers))
+        await self._jet.insist(f"{self._stream}-dead", message.data, header_block(self._jet.url, id, headers))
         self._counters["dead"] += 1
         self._say(delivery, b"+TERM", confirm=True)
         self._write()

@@ -32,7 +32,6 @@ from ._redis_wire import Wire, Word, map_redis
 MAX_LANES = 16
 _MAX_HELD = 4 << 20  # bytes without an acknowledgement
 _MAX_WAITING = 8192  # messages without an acknowledgement
-_MAX_HEADERS = 1000  # what a script's call takes is limited
 _RESERVED = frozenset({"body", "id", "topic", "n"})
 _ENTRY_ID = re.compile(r"\d{1,20}(-\d{1,20})?\Z")
 
@@ -225,11 +224,11 @@ class Adding:
         elif parcel.topic:
             raise errors.Unsupported("a queue has no topics", url=url)
         if parcel.headers:
-            if len(parcel.headers) > _MAX_HEADERS:
-                raise errors.Unsupported(f"more than {_MAX_HEADERS} headers", url=url)
             for name, value in parcel.headers.items():
                 if name in _RESERVED:
-                    raise errors.Unsupported(f"a header cannot be called {name!r} here", url=url)
+                    raise errors.Unsupported(
+                        f"a header cannot be called {name!r} here", url=url, operation="send", hint="take another name"
+                    )
                 fields += (name, value)
         keys: tuple[Word, ...] = (self._keys[parcel.priority], self._sent_key + parcel.id)
         if self._topics:
