@@ -60,6 +60,12 @@ def values(receiver, count, timeout=10):
     return [receiver.recv(timeout=timeout).value for _ in range(count)]
 
 
+def pause(server):
+    """SIGSTOP, and wait until it is: a signal takes its time."""
+    server.pause()
+    until(lambda: Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
 def nothing(receiver, seconds=0.2):
     with pytest.raises(errors.Timeout):
         receiver.recv(timeout=seconds)
@@ -444,6 +450,29 @@ def test_what_a_killed_consumer_held_comes_at_once(address, client, name):
             assert client.hlen(f"ipckit:{{{name}}}:readers:ipckit") == 1
 
 
+def test_a_poison_message_takes_no_other_along(address):
+    """It kills those who receive it; what they would have had next is nobody's dead letter."""
+    with ipckit.sender(address()) as jobs:
+        jobs.send_many([b"poison", *(b"%d" % number for number in range(5))])
+        for _ in range(2):
+            with holder(address(max_deliver="2"), 1) as process:
+                process.kill()
+                process.wait()
+        with ipckit.receiver(address(max_deliver="2")) as work:
+            assert sorted(values(work, 5)) == [b"%d" % number for number in range(5)]
+            assert work.stats()["dead_letters"] == 1
+
+
+def test_what_was_lost_on_its_way_was_not_handed_out(address, client, name):
+    with ipckit.sender(address()) as jobs, ipckit.receiver(address(max_deliver="1")) as work:
+        jobs.send(b"x")
+        client.xreadgroup("ipckit", work._intake._me, {name: ">"})  # in its name, and it never hears of it
+        client.client_kill_filter(_type="normal", skipme=True)
+        message = work.recv(timeout=10)
+        assert (message.value, message.redelivered) == (b"x", 0)
+        assert work.stats()["dead_letters"] == 0
+
+
 def test_a_stopped_consumer_is_not_dead(address):
     with ipckit.sender(address()) as jobs:
         jobs.send(b"x")
@@ -521,9 +550,8 @@ def test_a_lost_connection_loses_and_doubles_nothing(address, client, name):
 
 def test_a_paused_server_makes_unknowns_and_no_duplicates(address, client, name, server):
     with ipckit.sender(address()) as jobs, ipckit.receiver(address()) as work:
-        server.pause()
+        pause(server)
         try:
-            until(lambda: Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
             with pytest.raises(errors.OutcomeUnknown) as unknown:
                 jobs.send(b"x", id="mine", timeout=0.2)
             assert unknown.value.message_id == "mine"
@@ -546,7 +574,7 @@ def test_what_the_server_may_have_forgotten_is_not_sent_again(monkeypatch):
             except errors.IpcError as error:
                 told.put(error)
 
-        server.pause()
+        pause(server)
         sending = threading.Thread(target=send)
         sending.start()
         until(lambda: jobs.stats()["unconfirmed"] == 1)
@@ -564,9 +592,37 @@ def test_what_the_server_may_have_forgotten_is_not_sent_again(monkeypatch):
             nothing(work)
 
 
+def test_a_server_that_is_not_there_yet_is_waited_for():
+    with redis_server(private=True) as server:
+        server.kill()
+        url = server.address("/0/jobs")
+        for open_ in (ipckit.sender, ipckit.receiver):
+            for timeout in (0, 0.2):
+                with pytest.raises(errors.NothingListening, match="no Redis server answers"):
+                    open_(url, timeout=timeout)
+        opened = queue.SimpleQueue()
+        opening = [
+            threading.Thread(target=lambda open_=open_: opened.put(open_(url, timeout=20)), daemon=True)
+            for open_ in (ipckit.sender, ipckit.receiver)
+        ]
+        for thread in opening:
+            thread.start()
+        server.start()
+        for _ in opening:
+            opened.get(timeout=20).close()
+
+
+def test_a_key_that_is_something_else(address, client, name):
+    client.set(name, "x")
+    with pytest.raises(errors.ConfigError, match="WRONGTYPE"):
+        ipckit.receiver(address())
+    with ipckit.sender(address()) as jobs, pytest.raises(errors.ConfigError, match="WRONGTYPE"):
+        jobs.send(b"x")
+
+
 def test_a_batch_whose_fate_is_unknown_has_all_its_ids(server, address, client, name):
     with ipckit.sender(address()) as jobs, ipckit.receiver(address()) as work:
-        server.pause()
+        pause(server)
         try:
             with pytest.raises(errors.OutcomeUnknown) as unknown:
                 jobs.send_many([b"0", b"1", b"2"], timeout=0.2)
@@ -583,7 +639,7 @@ def test_an_acknowledgement_that_is_late_is_made_up_for(server, address, client,
     with ipckit.sender(address()) as jobs, ipckit.receiver(address(), ack="manual") as work:
         jobs.send(b"x", timeout=5)
         message = work.recv(timeout=5)
-        server.pause()
+        pause(server)
         try:
             with pytest.raises(errors.Timeout, match="ack"):
                 message.ack(timeout=0.2)

@@ -358,6 +358,6 @@ def test_sentinels_lead_to_the_new_master(tmp_path):
             assert message.value == b"after"
             message.ack()
         with pytest.raises(errors.NothingListening):
-            ipckit.sender(url.replace("=main", "=other"))
+            ipckit.sender(url.replace("=main", "=other"), timeout=0.5)
         with pytest.raises(errors.BadUrl):
             ipckit.sender("redis://a,b/0/jobs")

@@ -113,8 +113,25 @@ class Line:
         self._error: errors.IpcError | None = None
 
     def open(self) -> Steps[None]:
-        """The first time: what stands in the way is raised."""
-        self._adopt((yield from self._connect()))
+        """The first time: waits for a server until the driver throws Timeout, then NothingListening. What no waiting will mend
+        is raised.
+        """
+        last: errors.IpcError | None = None
+        try:
+            while True:
+                try:
+                    wire = yield from self._connect()
+                    break
+                except (errors.NothingListening, errors.PeerError) as error:
+                    if last is None:
+                        log.warning("%s: %s; waiting for it", self._address.url, error.message)
+                    last = error
+                yield Wait((), self._next_pause())
+        except errors.Timeout as timeout:
+            message = "no Redis server answers" if last is None else last.message
+            raise errors.NothingListening(message, url=self._address.url, operation="open") from last or timeout
+        self._pause = _PAUSE[0]
+        self._adopt(wire)
 
     def _connect(self) -> Steps[Wire]:
         wire = yield from open_wire(self._address.url, self._address.connection)
@@ -214,8 +231,11 @@ class Line:
 
     def _sleep_on_it(self) -> None:
         self._changed()
-        self._due = time.monotonic() + self._pause * random.uniform(0.5, 1.0)
-        self._pause = min(self._pause * 2, _PAUSE[1])
+        self._due = time.monotonic() + self._next_pause()
+
+    def _next_pause(self) -> float:
+        pause, self._pause = self._pause, min(self._pause * 2, _PAUSE[1])
+        return pause * random.uniform(0.5, 1.0)
 
     def fds(self) -> Fds:
         """What to listen to. Ready when `ready` or `pump` gets further."""

@@ -69,11 +69,20 @@ class LogOptions(PlaceOptions):
     )
     maxage: float | None = option(None, _positive, "sender: how long the log keeps entries")
     dedup: float = option(120.0, _positive, "sender: how long the server remembers the ids of messages")
-    prefetch: int = option(32, integer(1, 1 << 16), "receiver: messages fetched before they are asked for")
+    prefetch: int | None = option(
+        None, integer(1, 1 << 16), "receiver: messages fetched before they are asked for: 32, and 1 with max_deliver"
+    )
     claim: float = option(30.0, _positive, "receiver: after which a message nobody settled is handed out again")
     max_deliver: int = option(0, integer(0, 1 << 30), "receiver: hand-outs after which it is a dead letter; 0: never")
     dead: str | None = option(None, text, "receiver: the stream of the dead letters, instead of NAME:dead")
     fsync: str | None = option(None, choice("always"), "always: refuse a server that acknowledges before it syncs")
+
+    @property
+    def ahead(self) -> int:
+        """What a killed receiver has fetched counts as handed out. So with `max_deliver` no more than one is: a message that
+        kills its receivers would take those behind it along, into the dead letters.
+        """
+        return self.prefetch or (1 if self.max_deliver else 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,7 @@ class GroupIntake:
         """`wanted`: topics. With it, what was handed out is acknowledged when the next message is asked for."""
         self.native = Native(address.name, address)
         self._address, self._options, self._group = address, options, group
+        self._ahead = options.ahead
         self._me = me()
         dead = options.dead or f"{address.name}:dead"
         self._lanes = [_Lane(address.name, lane, group, dead) for lane in reversed(range(lanes))]
@@ -193,7 +194,7 @@ class GroupIntake:
         wire = self._reading.ready()
         if wire is None or self._asked or self._error is not None:
             return
-        ahead = self._options.prefetch if self._large else 1  # the first one shows how large they are
+        ahead = self._ahead if self._large else 1  # the first one shows how large they are
         if self._large * ahead > _BYTES_AHEAD:
             ahead = max(int(_BYTES_AHEAD / self._large), 1)
         rooms = [ahead - len(lane.buffer) for lane in self._lanes]
@@ -265,7 +266,7 @@ class GroupIntake:
                     raise self._error
                 self._ask()
                 return None
-            if self._options.prefetch > 1 and not self._asked and self._low():
+            if self._ahead > 1 and not self._asked and self._low():
                 self._ask()
             self._counts["received"] += 1
             self._counts["bytes_received"] += len(parcel.body)
@@ -277,7 +278,7 @@ class GroupIntake:
             return parcel
 
     def _low(self) -> bool:
-        return any(len(lane.buffer) * 2 < self._options.prefetch for lane in self._lanes)
+        return any(len(lane.buffer) * 2 < self._ahead for lane in self._lanes)
 
     def _pop(self, now: float) -> Parcel | None:
         if now >= self._extend_at:
@@ -337,7 +338,7 @@ class GroupIntake:
             cards = cards_of((yield from wire.ask("HGETALL", lane.readers)))
             cards.pop(self._me, None)
             gone, old = yield from alive(wire, self._orders.line.run, cards)
-            room = self._options.prefetch - len(lane.buffer)
+            room = self._ahead - len(lane.buffer)
             if room > 0 and (summary[0] or gone or old):
                 before = len(lane.buffer)
                 reply = yield from wire.ask(*self._claim(lane, room, gone, old))

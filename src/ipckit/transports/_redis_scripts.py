@@ -62,7 +62,8 @@ return added
 
 #: Take over what others left. KEYS stream, later, dead, readers. ARGV group, me, room, claim (ms), max_deliver (0: none),
 #: number of consumers that are gone, each with its card, number of stale ones, each with its card (who registered again
-#: meanwhile is neither), number of entries of mine, them.
+#: meanwhile is neither), number of entries of mine, them: those were delivered to us, and never reached us, so that once does
+#: not count.
 #: Returns {{{id, fields, deliveries before}...}, buried, vanished, ms until the next is due or -1}.
 CLAIM = script("""
 local key, later, dead, readers = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -106,7 +107,7 @@ local gone, stale = names(), names()
 for i = at + 1, #ARGV do
   local id = ARGV[i]
   local entry = redis.call('XPENDING', key, group, id, id, 1)[1]
-  if entry and entry[2] == me then take(id, entry[4]) end
+  if entry and entry[2] == me then take(id, math.max(entry[4] - 1, 0)) end
 end
 if room > 0 then
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', later, '-inf', now, 'LIMIT', 0, room)) do

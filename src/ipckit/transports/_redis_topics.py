@@ -107,6 +107,7 @@ class Tail:
         self._address, self._options, self._wanted = address, options, wanted
         self._ear = Ear()
         self._line = Line(address, self._enrol, self._opened, self._ear)
+        self._ahead = options.ahead
         self._me = me()
         self._at: str | bytes | None = None if options.replay == "new" else "0"
         if options.replay not in ("all", "new"):
@@ -144,7 +145,7 @@ class Tail:
 
     def _ask(self) -> None:
         wire = self._line.ready()
-        room = self._options.prefetch - len(self._buffer)
+        room = self._ahead - len(self._buffer)
         if wire is None or self._asked or room <= 0 or self._error is not None or self._at is None:
             return
         if not self._large:
@@ -189,7 +190,7 @@ class Tail:
             if self._restart is not None:
                 why, self._restart = self._restart, None
                 self._line.lose(why)
-        if not self._asked and len(self._buffer) * 2 <= self._options.prefetch:
+        if not self._asked and len(self._buffer) * 2 <= self._ahead:
             self._ask()
         if not self._buffer:
             if self._error is not None:

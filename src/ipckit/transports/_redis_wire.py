@@ -35,6 +35,7 @@ _REFUSALS: tuple[tuple[tuple[str, ...], type[errors.IpcError]], ...] = (
     (("NOAUTH", "WRONGPASS", "NOPERM", "ERR AUTH", "ERR invalid password"), errors.AccessDenied),
     (("OOM",), errors.ResourceLimit),
     (("LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "MOVED", "NOREPLICAS", "TRYAGAIN"), errors.PeerError),
+    (("WRONGTYPE",), errors.ConfigError),  # somebody keeps something else under this name
 )
 
 
