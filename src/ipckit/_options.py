@@ -52,6 +52,18 @@ def duration(text: str) -> float:
     raise ValueError("a duration with its unit, for example 20us, 5ms, 1.5s")
 
 
+def lasting(least: float) -> Callable[[str], float]:
+    """A duration that is not shorter than this."""
+
+    def parse(text: str) -> float:
+        seconds = duration(text)
+        if seconds < least:
+            raise ValueError(f"{least:g}s or more")
+        return seconds
+
+    return parse
+
+
 def size(text: str) -> int:
     """Bytes, from `4096`, `64KiB`, `16MiB`."""
     match = _NUMBER.match(text)

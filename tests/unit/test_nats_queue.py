@@ -183,6 +183,12 @@ def test_a_group_that_differs_is_told(shared, name):
     ipckit.receiver(shared.address(f"/{name}"), group="g").close()
 
 
+@pytest.mark.parametrize("option", [{"ack_wait": "0s"}, {"dedup": "0s"}, {"maxage": "50ms"}])
+def test_a_time_that_is_none(shared, name, option):
+    with pytest.raises(errors.BadOption, match="s or more"):
+        ipckit.receiver(shared.address(f"/{name}", **option))
+
+
 def test_subjects_of_another_stream(shared, name):
     jetstream(shared, lambda js: js.add_stream(name=f"{name}-x", subjects=[f"{name}.>"]))
     with pytest.raises(errors.ConfigError, match="another stream"):

@@ -65,7 +65,7 @@ def _count(text: str) -> int:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JetOptions(NatsOptions):
     maxlen: int | None = option(None, _count, "messages that the stream keeps")
-    maxage: float | None = option(None, _options.duration, "how long the stream keeps a message")
+    maxage: float | None = option(None, _options.lasting(0.1), "how long the stream keeps a message")
     maxbytes: int | None = option(None, _options.size, "bytes that the stream keeps")
     discard: str | None = option(
         None, _options.choice("old", "new"), "what a full stream drops: its oldest, or what comes"
@@ -77,11 +77,11 @@ class JetOptions(NatsOptions):
     )
     storage: str | None = option(None, _options.choice("file", "memory"), "where the stream is kept")
     replicas: int | None = option(None, _options.integer(1, 5), "servers of the cluster that have the stream")
-    dedup: float | None = option(None, _options.duration, "how long the stream knows the ids of messages")
+    dedup: float | None = option(None, _options.lasting(0.1), "how long the stream knows the ids of messages")
     replay: str | None = option(None, _replay, "where a new group or a subscriber begins: all, new, a sequence, a time")
     prefetch: int | None = option(None, _options.integer(0, 65536), "messages fetched before they are asked for")
     ack_wait: float | None = option(
-        None, _options.duration, "after which an unacknowledged message goes to somebody else"
+        None, _options.lasting(0.01), "after which an unacknowledged message goes to somebody else"
     )
     fsync: str = option(
         "server", _options.choice("server", "always"), "always: refuse servers that do not sync each write"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import _options, errors
-from .._options import choice, integer, option, text
+from .._options import choice, integer, lasting, option, text
 from .._spi import Steps, Wait, Want
 from ..message import Parcel
 from ._redis_address import Address, Native, PlaceOptions
@@ -54,25 +54,18 @@ def _start(written: str) -> str:
     return written
 
 
-def _positive(written: str) -> float:
-    seconds = _options.duration(written)
-    if seconds < 0.01:
-        raise ValueError("10ms or more")
-    return seconds
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogOptions(PlaceOptions):
     replay: str = option("all", _start, "where a new group begins: all, new, or after the entry with this id")
     maxlen: Length | None = option(  # noqa: RUF009 - a field, as all of them
         None, _length, "sender: entries the log keeps; ~N trims roughly, and faster"
     )
-    maxage: float | None = option(None, _positive, "sender: how long the log keeps entries")
-    dedup: float = option(120.0, _positive, "sender: how long the server remembers the ids of messages")
+    maxage: float | None = option(None, lasting(0.01), "sender: how long the log keeps entries")
+    dedup: float = option(120.0, lasting(0.01), "sender: how long the server remembers the ids of messages")
     prefetch: int | None = option(
         None, integer(1, 1 << 16), "receiver: messages fetched before they are asked for: 32, and 1 with max_deliver"
     )
-    claim: float = option(30.0, _positive, "receiver: after which a message nobody settled is handed out again")
+    claim: float = option(30.0, lasting(0.01), "receiver: after which a message nobody settled is handed out again")
     max_deliver: int = option(0, integer(0, 1 << 30), "receiver: hand-outs after which it is a dead letter; 0: never")
     dead: str | None = option(None, text, "receiver: the stream of the dead letters, instead of NAME:dead")
     fsync: str | None = option(None, choice("always"), "always: refuse a server that acknowledges before it syncs")
