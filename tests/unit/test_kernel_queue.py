@@ -122,6 +122,7 @@ def test_messages_outlive_both_ends(scheme):
     with ipckit.receiver(f"{scheme}://q") as receiver:
         got = sorted((receiver.recv(5) for _ in range(2)), key=lambda message: message.id)
         assert [(message.id, len(message.value)) for message in got] == [("first", 3), ("second", 20_000)]
+        assert [message.redelivered for message in got] == [0, 0]
         assert got[0].headers == {"a": "b"}
 
 
@@ -310,3 +311,40 @@ def test_in_a_forked_child():
     with sender:
         sender.send(b"for the child", 10)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_dead_letters(scheme, home):
+    """Handed out so often, by whomever, it is put aside, whole, and the others go on."""
+    url = f"{scheme}://q"
+    with ipckit.sender(url) as sender, ipckit.receiver(f"{url}?max_deliver=2", ack="manual") as receiver:
+        sender.send(b"poison", id="p", headers={"who": "me"})
+        sender.send(bytes(20_000), id="large")
+        for _ in range(2):
+            receiver.recv(5).nack()
+            receiver.recv(5).nack()
+        with pytest.raises(errors.Timeout):
+            receiver.recv(0.1)
+        sender.send(b"good")
+        assert receiver.recv(5).value == b"good"
+        assert receiver.stats()["dead_letters"] == 2
+    with ipckit.receiver(f"{url}-dead") as dead:
+        letters = {letter.id: letter for letter in (dead.recv(5), dead.recv(5))}
+        assert (letters["p"].value, letters["p"].headers, letters["p"].redelivered) == (b"poison", {"who": "me"}, 2)
+        assert letters["large"].value == bytes(20_000)
+    with ipckit.receiver(url) as receiver:
+        assert receiver.recv(5).value == b"good"
+    assert [path.name for path in home.iterdir() if path.name.endswith(".d")] == []
+
+
+def test_a_letter_that_is_not_dead_is_left_to_the_next(scheme):
+    """Only a receiver that asks for it puts aside; killed and closed receivers count like a nack."""
+    url = f"{scheme}://q"
+    with ipckit.sender(url) as sender:
+        sender.send(b"x")
+    for again in range(3):
+        with ipckit.receiver(url, ack="manual") as receiver:
+            assert receiver.recv(5).redelivered == again
+    with ipckit.receiver(f"{url}?max_deliver=3") as receiver, ipckit.receiver(f"{url}-dead") as dead:
+        with pytest.raises(errors.Timeout):
+            receiver.recv(0.1)
+        assert dead.recv(5).redelivered == 3

@@ -24,6 +24,7 @@ from .._spi import Steps
 from .._url import Url
 from . import _hands, _runtime
 from ._hands import Hand, Place
+from ._kernelqueue import max_deliver_option
 from ._oserror import map_oserror
 
 _SUFFIX = ".fifo.d"
@@ -35,6 +36,7 @@ class FifoQueueOptions(_options.LinkOptions):
     depth: int | None = option(
         None, integer(1, 1 << 18), "messages that the queue holds, rounded up to a power of two; default: 256, or fewer"
     )
+    max_deliver: int = max_deliver_option()
 
 
 class FifoKernel:
@@ -62,7 +64,7 @@ class FifoKernel:
         hand: Hand | None = None
         while select.select((self.fd,), (), (), 0)[0]:
             hand = hand or Hand(place, self.frame)
-            self.get(hand.take()[1])
+            self.get(hand.take(0)[1])
         if hand is not None:
             hand.close()
         return True

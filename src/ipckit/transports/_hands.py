@@ -265,14 +265,14 @@ class Hand:
             self._slots.append((slot, slot[_SLOT.size : _SLOT.size + self._frame]))
         self._free.sort(reverse=True)
 
-    def take(self) -> tuple[int, memoryview]:
-        """A free slot, and where its record goes."""
+    def take(self, handed_out: int = 1) -> tuple[int, memoryview]:
+        """A free slot, and where its record goes. `handed_out`: how often it was, with this time."""
         if not self._free:
             self._grow()
         number = self._free.pop()
         self._turn += 1
         slot, record = self._slots[number]
-        _SLOT.pack_into(slot, 0, self._turn & 0xFFFFFFFF, 1)
+        _SLOT.pack_into(slot, 0, self._turn & 0xFFFFFFFF, handed_out)
         return number, record
 
     def record(self, number: int, size: int) -> bytes:

@@ -5,7 +5,8 @@
                acknowledged: the slot is free;  closed, dead: the hand is taken over by whoever hears of it first
 
 Promises: what `send` returned from is the kernel's; it is handed out until somebody acknowledges it, in order as long as nobody
-dies or refuses. A message may come twice only if its receiver died, closed or refused it.
+dies or refuses. A message may come twice only if its receiver died, closed or refused it. One that was handed out `max_deliver`
+times goes to NAME-dead instead, as a file: that queue may be full.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from .. import errors
-from .._spi import Wait, Want
+from .._options import integer, option
+from .._spi import Steps, Wait, Want
 from .._url import Url
 from ..message import Parcel, Verdict
 from . import _kernelwire as wire
@@ -28,6 +31,11 @@ from ._oserror import map_oserror
 
 _log = logging.getLogger("ipckit")
 _GLANCE = 64  # messages after which we look for orphans though there is more
+
+
+def max_deliver_option() -> Any:
+    """A field of options: both transports have it."""
+    return option(0, integer(0, 1 << 30), "receiver: hand-outs after which a message goes to NAME-dead; 0: never")
 
 
 class Kernel(Protocol):
@@ -147,14 +155,18 @@ class KernelOutlet:
 class KernelIntake:
     """`Intake`. A parcel's token is who holds it, and the number of its slot there."""
 
-    def __init__(self, url: Url, place: Place, kernel: Kernel, limit: int) -> None:
+    def __init__(
+        self, url: Url, place: Place, kernel: Kernel, limit: int, max_deliver: int, grave: tuple[Place, Kernel] | None
+    ) -> None:
+        """`grave`: the queue of the dead letters, which is open as long as this one is."""
         self._lock = threading.Lock()
         self._url, self._place, self._kernel, self._limit = url, place, kernel, limit
+        self._max_deliver, self._grave = max_deliver, grave
         self._hand = Hand(place, kernel.frame)
         self._watch = Watch(place)
         self._sheaves: set[Sheaf] = set()
         self._again: deque[tuple[Sheaf, int]] = deque()  # taken over, and not handed out yet
-        self._received = self._bytes = self._redelivered = self._since_glance = 0
+        self._received = self._bytes = self._redelivered = self._dead = self._since_glance = 0
         self._closed = False
 
     @property
@@ -227,13 +239,22 @@ class KernelIntake:
             found = wire.read(sheaf.record(number))
             if isinstance(found, Parcel):
                 found.redelivered = sheaf.handed_out(number)
-                found.token = (sheaf, number)
-                return found
-            self._take_over(found)
+                if self._grave is None or found.redelivered < self._max_deliver:
+                    found.token = (sheaf, number)
+                    return found
+                self._bury(found, self._grave[0])
+            else:
+                self._take_over(found)
         except errors.ProtocolError as error:
             _log.warning("%s: a file holds what is no message of ours: %s", self._url, error.message)
         self._settle(sheaf, number)
         return None
+
+    def _bury(self, parcel: Parcel, grave: Place) -> None:
+        """Killed right after this, it is there twice, with one id."""
+        grave.write(wire.message(parcel), parcel.redelivered, None, ".hand")
+        self._dead += 1
+        _log.warning("%s: message %s became a dead letter", self._url, parcel.id)
 
     def _look(self) -> None:
         self._since_glance = 0
@@ -281,11 +302,21 @@ class KernelIntake:
             return Wait(((self._kernel.fd, select.POLLIN), *orphans.fds), orphans.at_most)
 
     def counters(self) -> Mapping[str, int]:
-        return {"received": self._received, "bytes_received": self._bytes, "redelivered": self._redelivered}
+        return {
+            "received": self._received,
+            "bytes_received": self._bytes,
+            "redelivered": self._redelivered,
+            "dead_letters": self._dead,
+        }
 
     def _check(self) -> None:
         if self._closed:
             raise errors.Closed("this endpoint is closed", url=self._url)
+
+    def _places(self) -> Iterator[tuple[Place, Kernel]]:
+        yield self._place, self._kernel
+        if self._grave is not None:
+            yield self._grave
 
     def _holders(self) -> tuple[Hand | Sheaf, ...]:
         return self._hand, *self._sheaves
@@ -297,19 +328,33 @@ class KernelIntake:
                 self._watch.close()
                 for holder in self._holders():
                     holder.close()
-                _leave(self._place, self._kernel)
+                for place, kernel in self._places():
+                    _leave(place, kernel)
 
     def abandon(self) -> None:
         self._watch.close()
         for holder in self._holders():
             holder.abandon()
-        self._kernel.close()
-        self._place.leave()
+        for place, kernel in self._places():
+            kernel.close()
+            place.leave()
 
 
-def intake(url: Url, place: Place, kernel: Kernel, limit: int) -> KernelIntake:
+def open_intake(
+    enter: Callable[[Url], Steps[tuple[Place, Kernel]]], url: Url, limit: int, max_deliver: int
+) -> Steps[KernelIntake]:
+    places = [(yield from enter(url))]
     try:
-        return KernelIntake(url, place, kernel, limit)
+        if max_deliver:
+            places.append((yield from enter(_dead(url))))
+        return KernelIntake(url, *places[0], limit, max_deliver, places[1] if max_deliver else None)
     except BaseException:
-        _leave(place, kernel)
+        for place, kernel in places:
+            _leave(place, kernel)
         raise
+
+
+def _dead(url: Url) -> Url:
+    if url.path:
+        return replace(url, path=f"{url.path}-dead")
+    return replace(url, hosts=(replace(url.host, name=f"{url.host.name}-dead"),))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,18 @@ from .._spi import Steps
 from .._url import Url
 from . import _hands, _runtime
 from ._hands import Place
+from ._kernelqueue import max_deliver_option
 from ._mqueue import LEVELS, MqOptions, choose_sizes, make, mapped, open_queue, path_of, unlink
 
 if TYPE_CHECKING:
     import posix_ipc
 
 _SUFFIX = ".mq.d"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MqQueueOptions(MqOptions):
+    max_deliver: int = max_deliver_option()
 
 
 class MqKernel:

@@ -33,7 +33,7 @@ from .._capabilities import Capabilities
 from .._spi import Intake, Link, Listener, Outlet, Peer, Queues, QueueTerms, Steps, Transport, Wait
 from .._url import Url
 from . import _fifo_queue, _owner, _rendezvous, _runtime
-from ._kernelqueue import KernelOutlet, intake
+from ._kernelqueue import KernelOutlet, open_intake
 from ._mail import Card
 from ._native import Ended
 from ._oserror import map_oserror
@@ -84,8 +84,9 @@ class FifoTransport(Transport[FifoOptions], Queues[_fifo_queue.FifoQueueOptions]
         return KernelOutlet(url, place, kernel, options.limit)
 
     def receiver(self, url: Url, options: _fifo_queue.FifoQueueOptions, terms: QueueTerms) -> Steps[Intake]:
-        place, kernel = yield from _fifo_queue.enter(url, options)
-        return intake(url, place, kernel, options.limit)
+        return (
+            yield from open_intake(lambda at: _fifo_queue.enter(at, options), url, options.limit, options.max_deliver)
+        )
 
 
 def _try_size(url: Url, options: FifoOptions) -> None:

@@ -32,7 +32,7 @@ from .._capabilities import Capabilities
 from .._spi import Intake, Link, Listener, Outlet, Peer, Queues, QueueTerms, Steps, Transport, Wait
 from .._url import Url
 from . import _mq_queue, _owner, _rendezvous, _runtime
-from ._kernelqueue import KernelOutlet, intake
+from ._kernelqueue import KernelOutlet, open_intake
 from ._mail import Card, Inbox, Outbox, Watch, Window
 from ._mqueue import LEVELS, MqOptions, choose_sizes, make, mapped, open_queue, path_of, unlink
 from ._unixsock import Name, take
@@ -280,7 +280,7 @@ class _MqWatch:
 # -- the transport --------------------------------------------------------------------------------------------------
 
 
-class MqTransport(Transport[MqOptions], Queues[MqOptions]):
+class MqTransport(Transport[MqOptions], Queues[_mq_queue.MqQueueOptions]):
     capabilities = Capabilities(
         patterns=frozenset({"channel", "queue", "pubsub", "rpc"}),
         headers=True,
@@ -293,7 +293,7 @@ class MqTransport(Transport[MqOptions], Queues[MqOptions]):
         use_case="jobs and commands between the processes of one machine, the urgent ones first",
     )
     options = MqOptions
-    queue_options = MqOptions
+    queue_options = _mq_queue.MqQueueOptions
     requires = ("posix_ipc",)
     extra = "mq"
 
@@ -303,13 +303,14 @@ class MqTransport(Transport[MqOptions], Queues[MqOptions]):
     def connect(self, url: Url, options: MqOptions) -> Steps[Link]:
         return (yield from _rendezvous.connect(_Post(url, options), options.limit))
 
-    def sender(self, url: Url, options: MqOptions) -> Steps[Outlet]:
+    def sender(self, url: Url, options: _mq_queue.MqQueueOptions) -> Steps[Outlet]:
         place, kernel = yield from _mq_queue.enter(url, options)
         return KernelOutlet(url, place, kernel, options.limit)
 
-    def receiver(self, url: Url, options: MqOptions, terms: QueueTerms) -> Steps[Intake]:
-        place, kernel = yield from _mq_queue.enter(url, options)
-        return intake(url, place, kernel, options.limit)
+    def receiver(self, url: Url, options: _mq_queue.MqQueueOptions, terms: QueueTerms) -> Steps[Intake]:
+        return (
+            yield from open_intake(lambda at: _mq_queue.enter(at, options), url, options.limit, options.max_deliver)
+        )
 
 
 TRANSPORT = MqTransport()
