@@ -21,7 +21,7 @@ LAYERS = [
     {"_spi", "_linkwire"},
     {"spi", "_leasing"},
     {"_wait", "_registry", "_native", "codecs", "transports", "_linkkeeper", "_linkwatch", "_linkdialer"},
-    {"_endpoint", "observe"},
+    {"_endpoint", "_taking", "observe"},
     {"_linkcrowd", "_linkintake", "_linkoutlet", "_linkpublisher", "_linksubscriber"},
     {"_linkqueue", "_linkhub"},
     {"channel", "queue", "pubsub", "rpc", "sync"},
