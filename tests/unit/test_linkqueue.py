@@ -269,6 +269,18 @@ def test_prefetch_is_the_window():
         ipckit.receiver("unix://q?prefetch=0")
 
 
+def test_a_batch_is_shared():
+    with ipckit.sender("unix://q", listen=True) as sender:
+        receivers = [ipckit.receiver("unix://q", listen=False, timeout=5) for _ in range(3)]
+        deadline = time.monotonic() + 20
+        while sender.stats()["receivers"] < 3:
+            assert time.monotonic() < deadline
+        sender.send_many([b"%d" % number for number in range(12)], 5)
+        for receiver in receivers:
+            with receiver:
+                assert len([receiver.recv(5) for _ in range(4)]) == 4
+
+
 def test_the_url_has_the_port_that_was_chosen():
     with ipckit.receiver("tcp://127.0.0.1:0") as receiver, ipckit.sender(receiver.url, timeout=5) as sender:
         assert receiver.url.host.port
