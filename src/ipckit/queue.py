@@ -13,6 +13,7 @@ brings an Outlet and an Intake; the others get them over links from `_linkqueue`
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -78,8 +79,9 @@ class _Receiving(Taking):
     def finish(self) -> Steps[None]:
         """Acknowledge what was handed out automatically."""
         while self._open:
-            yield from self._settle(self._open[0], Verdict.ACK, 0.0)
-            del self._open[0]
+            parcel = self._open[0]
+            yield from self._settle(parcel, Verdict.ACK, 0.0)
+            self._settled(parcel)
 
     def settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> Steps[None]:
         yield from self._settle(parcel, verdict, delay)
@@ -88,7 +90,10 @@ class _Receiving(Taking):
             if self._intake.try_flush():
                 break
             yield wait
-        if parcel in self._open:
+        self._settled(parcel)
+
+    def _settled(self, parcel: Parcel) -> None:
+        with suppress(ValueError):  # by another thread as well
             self._open.remove(parcel)
 
     def _settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> Steps[None]:
@@ -242,11 +247,11 @@ class Receiver(_BaseReceiver[T]):
         self._close()
 
     def __iter__(self) -> Iterator[Message[T]]:
-        """Messages until `close()`."""
+        """Messages until `close()`, or until the sender closes where there is only one (a Channel in place of a URL)."""
         try:
             while True:
                 yield self.recv()
-        except errors.Closed:
+        except (errors.Closed, errors.PeerClosed):
             return
 
     def __enter__(self) -> Receiver[T]:
@@ -284,7 +289,7 @@ class AsyncReceiver(_BaseReceiver[T]):
         try:
             while True:
                 yield await self.recv()
-        except errors.Closed:
+        except (errors.Closed, errors.PeerClosed):
             return
 
     async def __aenter__(self) -> AsyncReceiver[T]:
@@ -443,7 +448,8 @@ def receiver(
         url: where; or a Channel, such as one end of `ipckit.pair("pipe://")`: its link is taken over, the other end's party does
             the same, and the channel itself is closed. When the link ends, so does the queue: PeerClosed, PeerDied.
         group: receivers of one group share the messages; each group gets them all (capability `consumer_groups`).
-        ack: "auto" acknowledges a message when the next one is asked for; "manual" leaves it to `Message.ack`.
+        ack: "auto" acknowledges a message when the next one is asked for, by whomever: threads or tasks that share a receiver
+            take "manual", which leaves it to `Message.ack`.
         listen: see `sender`; by default receivers have the name.
         timeout: seconds to reach what must be there; None waits.
         codec, type, require: as in `ipckit.listen`.

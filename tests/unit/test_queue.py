@@ -106,6 +106,23 @@ def test_a_task_that_sleeps_hears_what_ended_a_batch():
     asyncio.run(main())
 
 
+def test_the_only_sender_ends_the_loop():
+    ours, theirs = ipckit.pair("pipe://")
+    with ipckit.sender(ours) as jobs, ipckit.receiver(theirs) as work:
+        jobs.send_many([b"1", b"2"])
+        jobs.close()
+        assert [message.value for message in work] == [b"1", b"2"]
+
+    async def main():
+        ours, theirs = ipckit.pair("pipe://")
+        async with await aio.sender(ours) as jobs, await aio.receiver(theirs) as work:
+            await jobs.send_many([b"1", b"2"])
+            await jobs.close()
+            assert [message.value async for message in work] == [b"1", b"2"]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_batch_of_nothing(url, limit):
     with ipckit.sender(url) as jobs, ipckit.receiver(url) as work:
