@@ -130,7 +130,9 @@ class LinkOutlet:
             self._crowd.check()
             self._listen()
             taken = 0
-            share = -(-len(parcels) // max(len(self._crowd.members), 1))  # nobody idles while another has the whole batch
+            share = -(
+                -len(parcels) // max(len(self._crowd.members), 1)
+            )  # nobody idles while another has the whole batch
             while taken < len(parcels) and self._hand_out_again():
                 given = self._give_some(parcels[taken : taken + min(share, _AT_ONCE)])
                 if not given:

@@ -6,6 +6,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -450,17 +451,27 @@ def test_what_a_killed_consumer_held_comes_at_once(address, client, name):
             assert client.hlen(f"ipckit:{{{name}}}:readers:ipckit") == 1
 
 
-def test_a_poison_message_takes_no_other_along(address):
+_POISONED = """
+import ipckit, os, sys
+with ipckit.receiver(sys.argv[1], ack="manual") as work:
+    for job in work:
+        if job.value == b"poison":
+            os.kill(os.getpid(), 9)
+        job.ack()
+"""
+
+
+def test_a_poison_message_takes_no_other_along(address, client, name):
     """It kills those who receive it; what they would have had next is nobody's dead letter."""
-    with ipckit.sender(address()) as jobs:
+    url = address(max_deliver="2")
+    with ipckit.sender(url) as jobs:
         jobs.send_many([b"poison", *(b"%d" % number for number in range(5))])
-        for _ in range(2):
-            with holder(address(max_deliver="2"), 1) as process:
-                process.kill()
-                process.wait()
-        with ipckit.receiver(address(max_deliver="2")) as work:
-            assert sorted(values(work, 5)) == [b"%d" % number for number in range(5)]
-            assert work.stats()["dead_letters"] == 1
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", _POISONED, url], timeout=60).returncode == -signal.SIGKILL
+    with ipckit.receiver(url) as work:
+        until(lambda: (work._intake.try_get(), work.stats()["dead_letters"])[1])
+    letters = client.xrange(f"{name}:dead")
+    assert [fields[b"body"] for _, fields in letters] == [b"poison"]
 
 
 def test_what_was_lost_on_its_way_was_not_handed_out(address, client, name):
@@ -610,6 +621,12 @@ def test_a_server_that_is_not_there_yet_is_waited_for():
         server.start()
         for _ in opening:
             opened.get(timeout=20).close()
+
+
+def test_a_vanished_machine_is_noticed_though_data_are_on_their_way(address):
+    with ipckit.sender(address()) as jobs:
+        sock = jobs._outlet.line.ready()._sock
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
 
 
 def test_a_key_that_is_something_else(address, client, name):

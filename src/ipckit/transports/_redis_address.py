@@ -23,6 +23,7 @@ CONNECT_TIMEOUT = 5.0
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}\Z")
 #: A machine that vanished without a word is noticed after about a minute; a paused one answers its kernel's probes.
 _KEEPALIVE = (30, 10, 3)  # seconds of silence, seconds between probes, probes
+_UNHEARD = 60_000  # ms; no probe is sent while data are on their way, and the kernel would repeat them for a quarter of an hour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,4 +143,7 @@ def _keepalive() -> dict[int, int]:
     import socket
 
     idle: int = getattr(socket, "TCP_KEEPIDLE", 0x10)  # which macOS calls TCP_KEEPALIVE
-    return dict(zip((idle, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), _KEEPALIVE, strict=True))
+    found = dict(zip((idle, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), _KEEPALIVE, strict=True))
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        found[socket.TCP_USER_TIMEOUT] = _UNHEARD
+    return found
