@@ -339,12 +339,12 @@ class Crowd(Generic[M]):
             self.arm()
             yield
 
-    def sleep(self, until: float | None = None) -> Wait:
-        """What a caller sleeps on, after `arm`. Raises what the only link ended with: there is nothing to wait for."""
+    def sleep(self, lane: Want, until: float | None = None) -> Wait:
+        """What a caller in this lane sleeps on, after `arm`. Raises what the only link ended with."""
         if self.over is not None:
             raise type(self.over)(self.over.message, url=self.url, hint=self.over.hint)
         self._sleepers = True
-        return self.watch.sleep(until)
+        return self.watch.sleep(until, lane)
 
     def leave(self) -> None:
         """A call ends, whatever came of it. Wake who sleeps, or is about to, if there may be something for them."""

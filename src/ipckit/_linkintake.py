@@ -143,7 +143,7 @@ class LinkIntake:
         with self._lock:
             self._crowd.check()
             self._crowd.arm()
-            return self._crowd.sleep()
+            return self._crowd.sleep(want)
 
     def counters(self) -> Mapping[str, int]:
         with self._lock:

@@ -174,7 +174,7 @@ class LinkOutlet:
         with self._lock:
             self._crowd.check()
             self._crowd.arm()
-            return self._crowd.sleep(self._delayed[0][0] if self._delayed else None)
+            return self._crowd.sleep(want, self._delayed[0][0] if self._delayed else None)
 
     def counters(self) -> Mapping[str, int]:
         with self._lock:

@@ -143,7 +143,7 @@ class LinkPublisher:
         with self._lock:
             self._check()
             self._crowd.arm()
-            return self._crowd.sleep()
+            return self._crowd.sleep(want)
 
     def counters(self) -> Mapping[str, int]:
         with self._lock:

@@ -4,7 +4,8 @@ An endpoint over many links sleeps on an epoll that watches whatever they said. 
 links come and go; an event loop keeps descriptors registered between calls, and must not know those of links that may be closed
 and their numbers used again. And it tells which link is ready, so that waking costs what is ready and not what exists.
 
-A bell beside it wakes the sleepers when another caller has taken from a link what they were waiting for.
+Bells beside it wake the sleepers when another caller has taken from a link what they were waiting for. Each lane of the endpoint
+has its own: who silences a bell before sleeping must not silence one that another sleeper has not heard yet.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._rung = False
+        self._bells: dict[int, int] = {}  # by lane
+        self._rung: set[int] = set()
         self._interest: dict[int, dict[Hashable, int]] = {}
         self._fds: dict[Hashable, tuple[tuple[int, int], ...]] = {}
         self._due: dict[Hashable, float] = {}
@@ -85,10 +86,11 @@ class Watch:
         return found
 
     def ring(self) -> None:
-        """Wake who sleeps on `sleep`."""
-        if not self._rung:
-            self._rung = True
-            os.eventfd_write(self._bell, 1)
+        """Wake who sleeps on `sleep`, in every lane."""
+        for lane, bell in self._bells.items():
+            if lane not in self._rung:
+                self._rung.add(lane)
+                os.eventfd_write(bell, 1)
 
     def wait(self, until: float | None = None) -> Wait:
         """What to sleep on; no longer than `until` on the monotonic clock."""
@@ -98,19 +100,24 @@ class Watch:
         at_most = None if until is None else max(until - time.monotonic(), 0.0)
         return Wait(((self._epoll.fileno(), select.POLLIN),), at_most)
 
-    def sleep(self, until: float | None = None) -> Wait:
-        """As `wait`, and the bell. Who asks tries once more: that answers for those whom the bell was rung for."""
-        if self._rung:
-            self._rung = False
+    def sleep(self, until: float | None = None, lane: int = 0) -> Wait:
+        """As `wait`, and the lane's bell. Who asks tries once more: that answers for what this bell was rung for."""
+        bell = self._bells.get(lane)
+        if bell is None:
+            bell = self._bells[lane] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        elif lane in self._rung:
+            self._rung.remove(lane)
             with suppress(BlockingIOError):
-                os.eventfd_read(self._bell)
+                os.eventfd_read(bell)
         wait = self.wait(until)
-        return Wait((*wait.fds, (self._bell, select.POLLIN)), wait.at_most)
+        return Wait((*wait.fds, (bell, select.POLLIN)), wait.at_most)
 
     def close(self) -> None:
         if not self._epoll.closed:
             self._epoll.close()
-            os.close(self._bell)
+            for bell in self._bells.values():
+                os.close(bell)
+            self._bells.clear()
 
 
 def _union(keys: dict[Hashable, int]) -> int:

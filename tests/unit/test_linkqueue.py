@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import multiprocessing
+import queue
 import re
 import socket
 import struct
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 import ipckit
 from ipckit import _linkwire as wire
-from ipckit import errors
+from ipckit import aio, errors
 from ipckit.message import Parcel
 from ipckit.testing.conformance import free_port
 
@@ -279,6 +281,56 @@ def test_a_batch_is_shared():
         for receiver in receivers:
             with receiver:
                 assert len([receiver.recv(5) for _ in range(4)]) == 4
+
+
+@pytest.mark.parametrize("where", ["tcp", "grpc"])
+def test_one_acknowledges_while_another_receives(where):
+    """Whoever receives may send what the other waits to see off: then it wakes the other, and does not keep it for itself."""
+    if where == "grpc":
+        pytest.importorskip("grpc")
+
+    def receive():
+        with contextlib.suppress(errors.Closed):
+            while True:
+                messages.put(work.recv())
+
+    def acknowledge():
+        for _ in range(100):
+            messages.get(timeout=30).ack(timeout=30)
+
+    async def awaited():
+        async with (
+            await aio.receiver(f"{where}://127.0.0.1:0", ack="manual") as work,
+            await aio.sender(work.url, timeout=10) as jobs,
+        ):
+            acks = []
+
+            async def receive():
+                while len(acks) < 100:
+                    acks.append(asyncio.create_task((await work.recv(30)).ack(timeout=30)))
+
+            receiving = asyncio.create_task(receive())
+            for _ in range(100):
+                await jobs.send(b"x", 10)
+            await receiving
+            idle = asyncio.create_task(work.recv(30))
+            await asyncio.gather(*acks)
+            await jobs.drain(30)
+            await jobs.send(b"end", 10)
+            assert (await idle).value == b"end"
+
+    messages = queue.SimpleQueue()
+    with ipckit.receiver(f"{where}://127.0.0.1:0", ack="manual") as work, ipckit.sender(work.url, timeout=10) as jobs:
+        threads = [threading.Thread(target=receive), threading.Thread(target=acknowledge)]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            jobs.send(b"x", 10)
+        jobs.drain(30)
+        threads[1].join()
+        work.close()
+        threads[0].join()
+    asyncio.run(awaited())
 
 
 def test_the_url_has_the_port_that_was_chosen():
