@@ -342,6 +342,21 @@ def test_messages_of_other_programs(shared, name):
         assert (message.value, message.id, message.headers) == (b"from outside", str(ack.seq), {"trace": "x"})
 
 
+def test_a_sender_hears_that_its_stream_is_gone(shared, name):
+    """At once, and not when the server may have forgotten the id; a new sender makes it anew."""
+    url = shared.address(f"/{name}")
+    with ipckit.sender(url) as jobs:
+        jobs.send(b"x", HANG)
+        jetstream(shared, lambda js: js.delete_stream(name))
+        with pytest.raises(errors.OutcomeUnknown, match="the stream was deleted") as told:
+            jobs.send(b"y", HANG, id="mine")
+        assert told.value.message_id == "mine"
+        with ipckit.sender(url) as again, ipckit.receiver(url) as received:
+            again.send(b"z", HANG)
+            jobs.send(b"and", HANG)
+            assert [received.recv(HANG).value for _ in range(2)] == [b"z", b"and"]
+
+
 def test_a_group_that_is_deleted_is_told(shared, name):
     with ipckit.receiver(shared.address(f"/{name}"), group="g") as received:
         assert not drain(received)

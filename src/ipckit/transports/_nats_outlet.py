@@ -72,6 +72,8 @@ class JetOutlet:
         self._bytes_put = self._bytes_over = 0  # by the sender, on the loop; the difference is pending
         self._counters = {"sent": 0, "bytes_sent": 0, "repeated": 0, "duplicates": 0, "dropped": 0}
         self._watching = False  # somebody wants room, or the end
+        self._stream = ""
+        self._unheard = False  # the server has said that nobody there stores what we send
         jet.connection.connected = self._resend_all
         jet.connection.mailboxes.add(self)
 
@@ -98,6 +100,7 @@ class JetOutlet:
             if not self._room():
                 return False
         subject, extra = self._subject(parcel)
+        self._stream = subject.partition(".")[0]
         headers = header_block(self._jet.url, parcel.id, parcel.headers, extra)
         most = self._jet.client.max_payload
         if len(headers) + len(parcel.body) > most:
@@ -160,7 +163,10 @@ class JetOutlet:
     def _confirmed(self, message: Any) -> None:
         number = int(message.subject.rpartition(".")[2])
         sent = self._pending.get(number)
-        if sent is None or (message.headers or {}).get("Status") == "503":
+        if sent is None:
+            return
+        if (message.headers or {}).get("Status") == "503":
+            self._unheard = True
             return  # nobody there who could store it: said again later
         data: bytes = message.data
         if b'"error"' in data or b'"duplicate"' in data:
@@ -197,6 +203,10 @@ class JetOutlet:
             await asyncio.sleep(_TICK)
             if not self._pending:
                 continue
+            if self._unheard:
+                self._unheard = False
+                if await self._is_gone():
+                    self._give_up("sent, and the stream was deleted", "open it again, which makes it anew")
             now = time.monotonic()
             # Once the server has forgotten the id, saying it again could store it twice.
             for number, sent in list(self._pending.items()):
@@ -211,6 +221,23 @@ class JetOutlet:
                     self._forget(number, sent)
             self._resend([sent for sent in self._pending.values() if now > sent.repeat])
             self._bell.ring()
+
+    async def _is_gone(self) -> bool:
+        """Whether there is no such stream. Whoever cannot tell now says no."""
+        try:
+            await asyncio.wait_for(self._jet.api(f"STREAM.INFO.{self._stream}"), _RESEND)
+        except ApiError as error:
+            return error.status == 404
+        except (TimeoutError, ConnectionError, errors.IpcError):
+            pass
+        return False
+
+    def _give_up(self, why: str, hint: str) -> None:
+        for number, sent in list(self._pending.items()):
+            sent.parcel.failure = errors.OutcomeUnknown(
+                why, url=self._jet.url, operation="send", message_id=sent.parcel.id, hint=hint
+            )
+            self._forget(number, sent)
 
     def counters(self) -> Mapping[str, int]:
         sent = self._counters["sent"] - self._counters["dropped"]
