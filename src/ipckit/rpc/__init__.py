@@ -14,7 +14,7 @@ How the parts fit, from the ground up:
 | `protocol.py` `_clientcore.py` `_servercore.py` | the state machines, without I/O: streams, credits, deadlines |
 | `failures.py` | exceptions to what travels, and back |
 | `_place.py` | a URL, or a channel in its place |
-| `_connection.py` `_calling.py` | a client's connection, and what its two shells share |
+| `_request.py` `_connection.py` `_calling.py` | one call, a client's connection, and what its two shells share |
 | `client.py` `_short.py` `_results.py` | the client for threads: calls, their short way, streams and pushes |
 | `_aclient.py` `_aresults.py` | the client for tasks |
 | `_exposed.py` `_limits.py` `_rate.py` | what a server exposes, and what it allows |

@@ -24,11 +24,12 @@ from .._url import Url
 from .._wait import arun
 from ..channel import AsyncChannel, Channel
 from ._aresults import AsyncResults, AsyncSubscription
-from ._calling import DESCRIBE, Base, CallOptions, Interceptor, Live, Request, Subscribed
+from ._calling import DESCRIBE, Base, Live
 from ._clientcore import ClientCall
 from ._connection import BROKEN
 from ._exposed import BUILT_IN
 from ._place import native_class
+from ._request import CallOptions, Interceptor, Request, Subscribed, encoded
 from .client import PATIENCE, make_proxy
 from .contract import Method, unwritable
 
@@ -78,12 +79,19 @@ class AsyncClient(Base):
         **named: Any,
     ) -> Any:
         """`Client.call`, awaited; for a method that streams it returns an asynchronous iterator."""
-        if target not in self._described:
-            request = self._request(BUILT_IN, DESCRIBE, (target,), {}, self._options)
-            self._described[target] = await self._perform(request)
-        found = self._untyped(target, method, self._described[target])
-        result = self._call(target, found, args, named, self._options.with_(timeout, metadata))
-        return result if found.shape.streams_out else await result
+        began, options = time.monotonic(), self._options.with_(timeout, metadata)
+        found = self._known(target, method)
+        if found is None:
+            await self._ask_about(target, options)
+            found = self._known(target, method)
+        if found is None:
+            raise self._unheard_of(target, method)
+        with self._as_it_was_described(target):
+            result = self._call(target, found, args, named, options.since(began))
+            return result if found.shape.streams_out else await result
+
+    async def _ask_about(self, target: str, options: CallOptions) -> None:
+        self._described[target] = await self._perform(self._request(BUILT_IN, DESCRIBE, (target,), {}, options))
 
     def _caller(self, target: str, method: Method, options: CallOptions) -> Callable[..., Any]:
         return lambda *args, **named: self._call(target, method, args, named, options)
@@ -105,23 +113,27 @@ class AsyncClient(Base):
 
     async def _attempt(self, request: Request) -> Any:
         conn, call = await self._start(request)
+        feeder: asyncio.Task[None] | None = None
         try:
             if request.stream is not None:
-                await self._feed(conn, call, request)
+                feeder = self._begin_to_feed(conn, call, request)
             else:
                 self._look(conn)
             if not await self._wait(call, lambda: call.done, request.deadline):
                 raise self._overdue(request)
         finally:
             self._give_up(conn, call)
+            if feeder is not None:
+                await self._fed(feeder)
         return self._outcome(conn, call, request)
 
     async def _start(self, request: Request) -> tuple[Live, ClientCall]:
+        body = encoded(request, self.url)
         while True:
             conn = await self._connected(request.deadline)
             call: ClientCall | None = None
             try:
-                call = self._begin(conn, request)
+                call = self._begin(conn, request, body)
                 await self._flush(conn, request.deadline)
             except BROKEN as error:
                 self._broke(conn, error)
@@ -144,6 +156,26 @@ class AsyncClient(Base):
             with suppress(errors.IpcError):
                 conn.try_flush()
 
+    def _begin_to_feed(self, conn: Live, call: ClientCall, request: Request) -> asyncio.Task[None]:
+        """The stream of this call is being sent. What it fails with ends the call, and `_fed` raises it."""
+
+        async def feed() -> None:
+            try:
+                await self._feed(conn, call, request)
+            except BaseException:
+                self._give_up(conn, call)
+                call.changed()
+                raise
+
+        return asyncio.get_running_loop().create_task(feed())
+
+    async def _fed(self, feeder: asyncio.Task[None]) -> None:
+        """What the sending of a stream came to; it stops when the call is over."""
+        feeder.cancel()
+        await asyncio.wait([feeder])
+        if not feeder.cancelled():
+            feeder.result()
+
     async def _feed(self, conn: Live, call: ClientCall, request: Request) -> None:
         encode = request.method.wire("msgpack", named=False).encode
         async for value in _each(request.stream):
@@ -152,21 +184,24 @@ class AsyncClient(Base):
             try:
                 body = encode(value)
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
-                raise unwritable(error) from error
+                raise unwritable(error, self.url, request.operation) from error
             with conn.mutex:
                 wanted = call.credit > 0 and conn.core.item(call, body)
             if not wanted:
                 return
-            await self._send(conn)
+            await self._send(conn, request.deadline)
         with conn.mutex:
             conn.core.end(call)
-        await self._send(conn)
+        await self._send(conn, request.deadline)
 
-    async def _send(self, conn: Live) -> None:
+    async def _send(self, conn: Live, deadline: float | None) -> None:
+        """What was not sent by the deadline stays in the outbox: whoever waits for the answer finds that its time is up."""
         try:
-            await self._flush(conn)
+            await self._flush(conn, deadline)
         except BROKEN as error:
             self._broke(conn, error)
+        except errors.Timeout:
+            pass
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
@@ -245,7 +280,7 @@ class AsyncClient(Base):
     async def subscribe(self, types: Any, *, backlog: int = 1000) -> AsyncSubscription:
         """`Client.subscribe`, awaited: `async for value in subscription`."""
         subscription = AsyncSubscription(self, Subscribed(self._types_of(types), backlog))
-        await subscription._open()
+        await subscription._subscribe()
         return subscription
 
     async def close(self) -> None:

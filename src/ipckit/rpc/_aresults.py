@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ._calling import Live, Request, Subscribed
+from ._calling import Live
 from ._clientcore import ClientCall
+from ._request import Request, Subscribed
 
 if TYPE_CHECKING:
     from ._aclient import AsyncClient
@@ -36,7 +38,7 @@ class AsyncResults(AsyncIterator[Any]):
         if self._begun is None:
             self._begun = await self._client._start(self._request)
             if self._request.stream is not None:
-                self._feeder = asyncio.get_running_loop().create_task(self._feed(*self._begun))
+                self._feeder = self._client._begin_to_feed(*self._begun, self._request)
         conn, call = self._begun
         while True:
             with conn.mutex:
@@ -46,8 +48,8 @@ class AsyncResults(AsyncIterator[Any]):
                 if self._taken % _AT_ONCE == 0:
                     await asyncio.sleep(0)
                 if conn.core.outbox:
-                    await self._client._send(conn)
-                return self._decode(body)
+                    await self._client._send(conn, self._request.deadline)
+                return self._client._read(self._decode, body, self._request.operation)
             if call.done:
                 break
             try:
@@ -60,24 +62,9 @@ class AsyncResults(AsyncIterator[Any]):
                 raise self._client._overdue(self._request)
         self._over = True
         if self._feeder is not None:
-            await self._fed(self._feeder)
+            await self._client._fed(self._feeder)
         self._client._raise_failure(conn, call, self._request)
         raise StopAsyncIteration
-
-    async def _feed(self, conn: Live, call: ClientCall) -> None:
-        try:
-            await self._client._feed(conn, call, self._request)
-        except BaseException:
-            self._client._give_up(conn, call)
-            call.changed()
-            raise
-
-    async def _fed(self, feeder: asyncio.Task[None]) -> None:
-        """What the sending of our stream came to; it stops when the call is over."""
-        if not feeder.done():
-            feeder.cancel()
-        with suppress(asyncio.CancelledError):
-            await feeder
 
     def _stop(self) -> None:
         self._over = True
@@ -106,25 +93,43 @@ class AsyncSubscription(AsyncIterator[Any]):
         """How many messages were dropped because this subscriber did not keep up."""
         return self._subscribed.lost
 
-    async def _open(self) -> None:
+    async def _subscribe(self) -> None:
         client = self._client
-        conn = await client._connected(None)
         client._subscriptions.append(self._subscribed)
-        with conn.mutex:
-            call = conn.core.subscribe(list(self._subscribed.types))
-        await client._flush(conn)
-        await client._wait(call, lambda: call.done, None)
+        try:
+            await self._subscribe_until(client._patience_ends())
+        except BaseException:
+            client._unsubscribe(self._subscribed)
+            raise
+
+    async def _subscribe_until(self, deadline: float | None) -> None:
+        client = self._client
+        while True:
+            before, conn = client._lines.conn, await client._connected(deadline)
+            call = client._subscribe_to(conn, self._subscribed) if conn is before else None
+            if call is not None:
+                await self._answered(conn, call, deadline)
+            if conn.error is None:
+                return
+
+    async def _answered(self, conn: Live, call: ClientCall, deadline: float | None) -> None:
+        client = self._client
+        await client._send(conn, deadline)
+        if not await client._wait(call, lambda: call.done, deadline):
+            raise errors.Timeout("the server did not answer", url=client.url, operation="subscribe")
+        client._raise_refusal(call)
 
     async def recv(self, timeout: float | None = None) -> Any:
-        """The next message. Raises Timeout, SchemaError, Closed."""
+        """The next message. Raises Timeout, SchemaError, NothingListening when the server is gone for too long, Closed."""
         client, pushes = self._client, self._subscribed.pushes
         deadline = None if timeout is None else time.monotonic() + timeout
-        client._gate.check("recv")
-        if not await client._wait(self._subscribed, lambda: bool(pushes) or client.closed, deadline):
-            raise errors.Timeout(f"nothing was pushed within {timeout} s", url=client.url, operation="recv")
-        if not pushes:
+        while True:
+            with suppress(IndexError):
+                return client._read(self._subscribed.value, pushes.popleft(), "recv")
             client._gate.check("recv")
-        return self._subscribed.value(pushes.popleft())
+            conn = await client._connected(deadline)
+            if not await client._wait(self._subscribed, partial(_stirred, conn, pushes), deadline):
+                raise errors.Timeout(f"nothing was pushed within {timeout:g} s", url=client.url, operation="recv")
 
     async def __anext__(self) -> Any:
         try:
@@ -134,12 +139,8 @@ class AsyncSubscription(AsyncIterator[Any]):
 
     async def close(self) -> None:
         """No longer interested."""
-        subscriptions = self._client._subscriptions
-        if self._subscribed in subscriptions:
-            subscriptions.remove(self._subscribed)
-            gone = [name for name in self._subscribed.types if all(name not in each.types for each in subscriptions)]
-            conn = self._client._lines.conn
-            if gone and conn is not None and conn.good:
-                with conn.mutex:
-                    conn.core.unsubscribe(gone)
-                await self._client._send(conn)
+        self._client._unsubscribe(self._subscribed)
+
+
+def _stirred(conn: Live, pushes: Collection[Any]) -> bool:
+    return bool(pushes) or conn.error is not None

@@ -1,17 +1,14 @@
 """What the two clients share: everything but the waiting.
 
-`Base` knows the server's address, what is expected of it, and how a connection is made (steps, for either driver). `Request`
-is one call before it has a connection; it may be begun again on another one.
+`Base` knows the server's address, what is expected of it, and how a connection is made (steps, for either driver).
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -28,6 +25,7 @@ from ._clientcore import ClientCall
 from ._connection import BROKEN, Connection, again
 from ._exposed import BUILT_IN
 from ._place import Place
+from ._request import CallOptions, Interceptor, Request, Subscribed
 from ._tracing import outgoing
 from .contract import (
     Contract,
@@ -39,46 +37,9 @@ from .contract import (
     contract_of,
     rpc,
     target_name,
-    unwritable,
 )
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 1.0
-
-#: `interceptor(request, proceed)`: look at the request, change its metadata, return what `proceed()` returns (awaitable in aio).
-Interceptor = Callable[["Request", Callable[[], Any]], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CallOptions:
-    """How calls are made. `timeout`: seconds until the deadline, which travels with the call; None: no deadline."""
-
-    timeout: float | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def with_(self, timeout: float | None, metadata: Mapping[str, str] | None) -> CallOptions:
-        merged = {**self.metadata, **check_headers(metadata)} if metadata else self.metadata
-        return replace(self, timeout=self.timeout if timeout is None else timeout, metadata=merged)
-
-
-@dataclass(slots=True)
-class Request:
-    """One call, as interceptors see it. `metadata` may be changed."""
-
-    target: str
-    method: Method
-    args: tuple[Any, ...]
-    stream: Any
-    metadata: dict[str, str]
-    deadline: float | None
-
-    @property
-    def operation(self) -> str:
-        return f"{self.target}.{self.method.name}"
-
-    @property
-    def retriable(self) -> bool:
-        """It may be begun a second time though the first may have had an effect."""
-        return self.method.options.idempotent and self.method.shape is Shape.UNARY
 
 
 class _Resource:
@@ -137,11 +98,11 @@ class Base(Endpoint):
         interceptors: Sequence[Interceptor],
         require: Collection[str],
     ) -> None:
+        self._options = CallOptions(call_timeout, dict(check_headers(metadata)))
         self._place = Place(where, require, "client")
         self._lines = _Resource()
         super().__init__(self._lines, self._place.url, self._place.capabilities)
         self._patience = timeout
-        self._options = CallOptions(call_timeout, dict(check_headers(metadata)))
         self._interceptors = tuple(interceptors)
         self._expected: dict[tuple[str, str], Contract] = {}  # by target and fingerprint
         self._described: dict[str, dict[str, Any]] = {}
@@ -155,6 +116,7 @@ class Base(Endpoint):
         if not self._gate.foreign:
             self._lines.close()
             self._place.discard()
+            self._subscribers_look()
 
     # -- connecting ----------------------------------------------------------------------------------------------------
 
@@ -197,12 +159,10 @@ class Base(Endpoint):
 
     def _greet(self, conn: Live) -> Steps[None]:
         conn.core.hello(dict(self._expected.keys()))
-        types = sorted({name for each in self._subscriptions for name in each.types})
-        if types:
-            conn.core.subscribe(types)
         yield from conn.flush()
         while conn.core.server is None:
             conn.heard((yield from conn.receive()))
+        yield from self._resubscribe(conn)
         for (target, _), contract in tuple(self._expected.items()):
             yield from self._agree(conn, target, contract)
 
@@ -263,6 +223,7 @@ class Base(Endpoint):
             self._lines.conn = None
         conn.break_off(error)
         conn.close()
+        self._subscribers_look()
 
     def _patient_until(self, deadline: float | None) -> float | None:
         """How long connecting again may take, in seconds: as the first time, and within the deadline of the call."""
@@ -270,6 +231,9 @@ class Base(Endpoint):
         if self._patience is None or left is None:
             return left if self._patience is None else self._patience
         return min(left, self._patience)
+
+    def _patience_ends(self) -> float | None:
+        return None if self._patience is None else time.monotonic() + self._patience
 
     def _pausing(self) -> float:
         return self._pause * random.uniform(0.5, 1.0)
@@ -280,15 +244,9 @@ class Base(Endpoint):
         self, target: str, method: Method, args: tuple[Any, ...], named: dict[str, Any], options: CallOptions
     ) -> Request:
         positional, stream = method.bind(args, named)
-        deadline = None if options.timeout is None else time.monotonic() + options.timeout
-        return Request(target, method, positional, stream, {**outgoing(), **options.metadata}, deadline)
+        return Request(target, method, positional, stream, {**outgoing(), **options.metadata}, options.deadline())
 
-    def _begin(self, conn: Live, request: Request) -> ClientCall:
-        wire = request.method.wire("msgpack", named=False)
-        try:
-            body = wire.encode_args(_given(request.args))
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise unwritable(error) from error
+    def _begin(self, conn: Live, request: Request, body: bytes) -> ClientCall:
         with conn.mutex:
             if conn.error is not None:
                 raise again(conn.error, request.operation)
@@ -305,7 +263,15 @@ class Base(Endpoint):
         """The result of a call that is done. Raises what it failed with."""
         self._raise_failure(conn, call, request)
         assert call.result is not None
-        return request.method.wire("msgpack", named=False).decode_result(call.result)
+        return self._read(request.method.wire("msgpack", named=False).decode_result, call.result, request.operation)
+
+    def _read(self, decode: Callable[[Any], Any], body: Any, operation: str) -> Any:
+        """What the server sent. Raises SchemaError, CodecError, which say of which call it was."""
+        try:
+            return decode(body)
+        except (errors.SchemaError, errors.CodecError) as error:
+            error.url, error.operation = str(self.url), operation
+            raise
 
     def _raise_failure(self, conn: Live, call: ClientCall, request: Request) -> None:
         if call.failure is not None:
@@ -314,10 +280,13 @@ class Base(Endpoint):
             raise again(conn.error, request.operation)
 
     def _worth_again(self, error: errors.IpcError, request: Request) -> bool:
+        """It ended with its connection or its server, which says nothing about the call, and may be made again."""
         if self.closed:
             return False
         if isinstance(error, failures.NotTaken):
             return request.stream is None
+        if isinstance(error, errors.SchemaError | errors.CodecError):  # ProtocolErrors too, but of this call's values
+            return False
         return isinstance(error, (*BROKEN, errors.ShuttingDown)) and request.retriable
 
     def _overdue(self, request: Request) -> errors.DeadlineExceeded:
@@ -344,29 +313,69 @@ class Base(Endpoint):
                 self._expected.pop(key, None)
             raise
 
-    def _untyped(self, target: str, name: str, description: dict[str, Any]) -> Method:
-        """A method as the server describes it, for callers without a contract."""
-        found = description["methods"].get(name)
-        if found is None:
-            for each, candidate in description["methods"].items():
-                if candidate.get("message") == name:
-                    name, found = each, candidate
-                    break
-            else:
-                have = ", ".join(sorted(description["methods"]))
-                raise errors.UnknownMethod(
-                    f"{target!r} has no method {name!r}", url=self.url, operation="call", hint=f"it has: {have}"
-                )
-        parameters = tuple(
-            Parameter(each["name"], Any) if each["required"] else Parameter(each["name"], Any, msgspec.UNSET)
-            for each in found["parameters"]
+    def _known(self, target: str, name: str) -> Method | None:
+        """A method as the server described it, for callers without a contract. None: it has said nothing of it so far."""
+        methods = self._described.get(target, {}).get("methods", {})
+        if name not in methods:
+            name = next((each for each, method in methods.items() if method.get("message") == name), name)
+        return _as_described(name, methods[name]) if name in methods else None
+
+    def _unheard_of(self, target: str, name: str) -> errors.UnknownMethod:
+        """The server has described the target just now, and nothing there has this name."""
+        have = ", ".join(sorted(self._described[target]["methods"]))
+        return errors.UnknownMethod(
+            f"{target!r} has no method {name!r}", url=self.url, operation="call", hint=f"it has: {have}"
         )
-        shape = Shape(found["shape"])
-        stream = "stream" if shape.streams_in else None
-        options = MethodOptions(idempotent=found.get("idempotent", False))
-        return Method(name, _no_function, shape, parameters, Any, stream, len(parameters), Any, None, False, options)
+
+    @contextmanager
+    def _as_it_was_described(self, target: str) -> Iterator[None]:
+        """A target that answers otherwise than it was described is another one by now, and is asked again next time."""
+        try:
+            yield
+        except (errors.SchemaError, errors.UnknownMethod, errors.UnknownTarget):
+            self._described.pop(target, None)
+            raise
 
     # -- pushes --------------------------------------------------------------------------------------------------------
+
+    def _subscribe_to(self, conn: Live, subscribed: Subscribed) -> ClientCall | None:
+        """Ask for them, on a connection that was there before; one that is made from now on is made with them."""
+        with conn.mutex:
+            if conn.error is not None:
+                return None
+            return conn.core.subscribe(list(subscribed.types))
+
+    def _resubscribe(self, conn: Live) -> Steps[None]:
+        """A new connection has the subscriptions of the old one. Raises what the server says if it refuses."""
+        types = sorted({name for each in self._subscriptions for name in each.types})
+        if types:
+            with conn.mutex:
+                call = conn.core.subscribe(types)
+            yield from conn.flush()
+            while not call.done:
+                conn.heard((yield from conn.receive()))
+            self._raise_refusal(call)
+
+    def _raise_refusal(self, call: ClientCall) -> None:
+        if call.failure is not None:
+            raise failures.error_of(call.failure, self.url, "subscribe")
+
+    def _unsubscribe(self, subscribed: Subscribed) -> None:
+        """Ask for those no more that nobody else here wants."""
+        if subscribed not in self._subscriptions:
+            return
+        self._subscriptions.remove(subscribed)
+        gone = [name for name in subscribed.types if all(name not in each.types for each in self._subscriptions)]
+        conn = self._lines.conn
+        if gone and conn is not None and conn.good:
+            with conn.mutex:
+                conn.core.unsubscribe(gone)
+            with suppress(errors.IpcError):
+                conn.try_flush()
+
+    def _subscribers_look(self) -> None:
+        for each in tuple(self._subscriptions):
+            each.changed()
 
     def _pushed(self, push: events.Push) -> None:
         for each in tuple(self._subscriptions):
@@ -380,39 +389,15 @@ class Base(Endpoint):
         }
 
 
-class Subscribed:
-    """The pushes of some types, for one who listens. Those who do not keep up lose the oldest, and are told how many."""
-
-    def __init__(self, types: dict[str, Any], backlog: int) -> None:
-        self.types = types
-        self.lost = 0
-        self.watchers: list[Callable[[], None]] = []
-        self.pushes: deque[Any] = deque()
-        self._backlog = backlog
-        self._decoders = {name: msgspec.msgpack.Decoder(kind).decode for name, kind in types.items()}
-
-    def offer(self, push: events.Push) -> None:
-        if push.type not in self.types:
-            return
-        if len(self.pushes) >= self._backlog:
-            self.pushes.popleft()
-            self.lost += 1
-        self.pushes.append(push)
-        for watcher in tuple(self.watchers):
-            watcher()
-
-    def value(self, push: events.Push) -> Any:
-        try:
-            return self._decoders[push.type](push.body)
-        except msgspec.ValidationError as error:
-            raise errors.SchemaError(f"a push of {push.type}: {error}") from error
-
-
-def _given(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Without the optional ones at the end that an untyped caller left to the server."""
-    while args and args[-1] is msgspec.UNSET:
-        args = args[:-1]
-    return args
+def _as_described(name: str, described: dict[str, Any]) -> Method:
+    parameters = tuple(
+        Parameter(each["name"], Any) if each["required"] else Parameter(each["name"], Any, msgspec.UNSET)
+        for each in described["parameters"]
+    )
+    shape = Shape(described["shape"])
+    stream = "stream" if shape.streams_in else None
+    options = MethodOptions(idempotent=described.get("idempotent", False))
+    return Method(name, _no_function, shape, parameters, Any, stream, len(parameters), Any, None, False, options)
 
 
 class _Proceed:
@@ -432,8 +417,13 @@ class _Builtin(Service):
     def describe(self, target: str) -> dict[str, Any]:
         raise NotImplementedError
 
+    @rpc(idempotent=True)
+    def targets(self) -> dict[str, str]:
+        raise NotImplementedError
 
-DESCRIBE = contract_of(_Builtin).methods["describe"]
+
+NO_ARGUMENTS = msgspec.msgpack.encode(())
+DESCRIBE, TARGETS = (contract_of(_Builtin).methods[name] for name in ("describe", "targets"))
 
 
 def _no_function(*_: Any) -> Any:

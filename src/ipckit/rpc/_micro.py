@@ -197,7 +197,7 @@ class MicroLink:
         event = events.Call(id, target, method, came.body or b"null", ttl, metadata)
         try:
             self._inbox.extend(self.dialect.encode(event))
-        except errors.ProtocolError as error:
+        except errors.MessageTooLarge as error:
             self._asked.pop(id)
             self._micro.failure(asked, events.Failure(id, "TOO_LARGE", error.message))
             return

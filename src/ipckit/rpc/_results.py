@@ -9,8 +9,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ._calling import Live, Request, Subscribed
+from ._calling import Live
 from ._clientcore import ClientCall
+from ._request import Request, Subscribed
 
 if TYPE_CHECKING:
     from .client import Client
@@ -33,8 +34,7 @@ class Results(Iterator[Any]):
             self._client._feed(self._conn, self._call, self._request)
         except Exception as error:  # of the user's iterator, or a value that cannot be sent: the caller is told
             self._failed = error
-            self._client._give_up(self._conn, self._call)
-            self._call.changed()
+            self._client._call_off(self._conn, self._call)
 
     def __next__(self) -> Any:
         call, conn = self._call, self._conn
@@ -44,7 +44,7 @@ class Results(Iterator[Any]):
             if body is not None:
                 if conn.core.outbox:
                     self._client._send(conn, self._request.deadline)
-                return self._decode(body)
+                return self._client._read(self._decode, body, self._request.operation)
             if call.done:
                 self._over = True
                 if self._failed is not None:
@@ -67,7 +67,7 @@ class Results(Iterator[Any]):
         """No longer interested: the server is told to stop."""
         self._over = True
         if not self._call.done:
-            self._client._give_up(self._conn, self._call)
+            self._client._call_off(self._conn, self._call)
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -79,9 +79,12 @@ class Subscription(Iterator[Any]):
 
     def __init__(self, client: Client, subscribed: Subscribed) -> None:
         self._client, self._subscribed = client, subscribed
-        self._conn: Live | None = None
         client._subscriptions.append(subscribed)
-        self._subscribe()
+        try:
+            self._subscribe()
+        except BaseException:
+            client._unsubscribe(subscribed)
+            raise
 
     @property
     def lost(self) -> int:
@@ -90,25 +93,33 @@ class Subscription(Iterator[Any]):
 
     def _subscribe(self) -> None:
         client = self._client
-        conn = client._lines.conn
-        known = conn is not None and conn.good
-        self._conn = conn = client._connected(None)
-        if known:  # else the connection was made with it
-            with conn.mutex:
-                call = conn.core.subscribe(list(self._subscribed.types))
-            client._flush(conn, None)
-            client._wait(conn, call, lambda: call.done, None)
+        deadline = client._patience_ends()
+        while True:
+            before, conn = client._lines.conn, client._connected(deadline)
+            call = client._subscribe_to(conn, self._subscribed) if conn is before else None
+            if call is not None:
+                self._answered(conn, call, deadline)
+            if conn.error is None:
+                return
+
+    def _answered(self, conn: Live, call: ClientCall, deadline: float | None) -> None:
+        client = self._client
+        client._send(conn, deadline)
+        if not client._wait(conn, call, lambda: call.done, deadline):
+            raise errors.Timeout("the server did not answer", url=client.url, operation="subscribe")
+        client._raise_refusal(call)
 
     def recv(self, timeout: float | None = None) -> Any:
-        """The next message. Raises Timeout, SchemaError."""
+        """The next message. Raises Timeout, SchemaError, NothingListening when the server is gone for too long, Closed."""
+        client, pushes = self._client, self._subscribed.pushes
         deadline = None if timeout is None else time.monotonic() + timeout
-        pushes = self._subscribed.pushes
-        while not pushes:
-            self._client._gate.check("recv")
-            conn = self._client._connected(deadline)
-            if not self._client._wait(conn, self._subscribed, lambda: bool(pushes), deadline):
-                raise errors.Timeout(f"nothing was pushed within {timeout} s", url=self._client.url, operation="recv")
-        return self._subscribed.value(pushes.popleft())
+        while True:
+            with suppress(IndexError):
+                return client._read(self._subscribed.value, pushes.popleft(), "recv")
+            client._gate.check("recv")
+            conn = client._connected(deadline)
+            if not client._wait(conn, self._subscribed, lambda: bool(pushes), deadline):
+                raise errors.Timeout(f"nothing was pushed within {timeout:g} s", url=client.url, operation="recv")
 
     def __next__(self) -> Any:
         try:
@@ -118,14 +129,4 @@ class Subscription(Iterator[Any]):
 
     def close(self) -> None:
         """No longer interested."""
-        subscriptions = self._client._subscriptions
-        if self._subscribed in subscriptions:
-            subscriptions.remove(self._subscribed)
-            left = {name for each in subscriptions for name in each.types}
-            gone = [name for name in self._subscribed.types if name not in left]
-            conn = self._client._lines.conn
-            if gone and conn is not None and conn.good:
-                with conn.mutex:
-                    conn.core.unsubscribe(gone)
-                with suppress(errors.IpcError):
-                    conn.try_flush()
+        self._client._unsubscribe(self._subscribed)

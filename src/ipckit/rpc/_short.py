@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ._calling import CallOptions, Live
+from ._calling import Live
 from ._clientcore import ClientCall
 from ._connection import BROKEN
+from ._request import CallOptions
 from ._tracing import traced
 from .contract import Method, unwritable
 from .dialects import CALL, HEAD, MAGIC, RESULT, milliseconds
@@ -58,14 +59,15 @@ def short_way(
                 sent = late = True
             except errors.Timeout:
                 late = True
-            except (errors.SchemaError, errors.CodecError):  # the answer was not what was declared
+            except (errors.SchemaError, errors.CodecError) as error:  # the answer was not what was declared
+                error.url, error.operation = str(client.url), f"{target}.{method.name}"
                 raise
             except BROKEN as error:
                 client._broke(conn, error)
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
                 if isinstance(error, errors.IpcError):
                     raise
-                raise unwritable(error) from error
+                raise unwritable(error, client.url, f"{target}.{method.name}") from error
             except struct.error as error:
                 client._broke(conn, errors.ProtocolError(f"this is no frame of ours: {error}", url=client.url))
             except BaseException:  # Ctrl-C: the server is told that nobody waits any more

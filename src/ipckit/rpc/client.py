@@ -24,11 +24,12 @@ from .. import errors
 from .._url import Url
 from .._wait import run
 from ..channel import AsyncChannel, Channel
-from ._calling import DESCRIBE, Base, CallOptions, Interceptor, Live, Request, Subscribed
+from ._calling import DESCRIBE, NO_ARGUMENTS, TARGETS, Base, Live
 from ._clientcore import ClientCall
 from ._connection import BROKEN, Waiter
 from ._exposed import BUILT_IN
 from ._place import native_class
+from ._request import CallOptions, Interceptor, Request, Subscribed, encoded
 from ._results import Results, Subscription
 from ._short import short_way
 from .contract import Contract, Method, Shape, unwritable
@@ -38,6 +39,8 @@ T = TypeVar("T")
 
 #: How long connecting may take unless said otherwise, in seconds; the first time as well as again.
 PATIENCE = 10.0
+#: Who sends a stream looks now and then, in seconds, whether anybody still wants it.
+_UNHEARD = 0.005
 
 
 class Client(Base):
@@ -86,13 +89,19 @@ class Client(Base):
         The result, or an iterator where the method streams. The stream of a method that takes one is its argument `stream`.
         `timeout`: seconds until the deadline. Raises what typed calls raise, and UnknownTarget, UnknownMethod.
         """
-        found = self._lookup(target, method)
-        return self._call(target, found, args, named, self._options.with_(timeout, metadata))
+        began, options = time.monotonic(), self._options.with_(timeout, metadata)
+        found = self._known(target, method)
+        if found is None:
+            self._ask_about(target, options)
+            found = self._known(target, method)
+        if found is None:
+            raise self._unheard_of(target, method)
+        with self._as_it_was_described(target):
+            return self._call(target, found, args, named, options.since(began))
 
-    def _lookup(self, target: str, method: str) -> Method:
-        if target not in self._described:
-            self._described[target] = self._perform(self._request(BUILT_IN, DESCRIBE, (target,), {}, self._options))
-        return self._untyped(target, method, self._described[target])
+    def _ask_about(self, target: str, options: CallOptions) -> None:
+        """Have it described. Raises UnknownTarget."""
+        self._described[target] = self._perform(self._request(BUILT_IN, DESCRIBE, (target,), {}, options))
 
     def _call(
         self, target: str, method: Method, args: tuple[Any, ...], named: dict[str, Any], options: CallOptions
@@ -108,9 +117,12 @@ class Client(Base):
                 conn, call = self._start(request)
                 if request.method.shape.streams_out:
                     return Results(self, conn, call, request)
-                if request.stream is not None:
-                    self._feed(conn, call, request)
-                self._await(conn, call, request)
+                try:
+                    if request.stream is not None:
+                        self._feed(conn, call, request)
+                    self._await(conn, call, request)
+                finally:
+                    self._give_up(conn, call)
                 return self._outcome(conn, call, request)
             except errors.IpcError as error:
                 if not self._worth_again(error, request):
@@ -118,48 +130,66 @@ class Client(Base):
 
     def _start(self, request: Request) -> tuple[Live, ClientCall]:
         """The call on its way. A connection that turns out to be lost before it could be sent costs nothing."""
+        body = encoded(request, self.url)
         while True:
             conn = self._connected(request.deadline)
+            call: ClientCall | None = None
             try:
-                call = self._begin(conn, request)
+                call = self._begin(conn, request, body)
                 self._flush(conn, request.deadline)
             except BROKEN as error:
                 self._broke(conn, error)
                 if self.closed:
                     raise
-            except errors.Timeout as error:
-                self._give_up(conn, call)
-                raise self._overdue(request) from error
+            except BaseException as error:  # the deadline, or Ctrl-C
+                if call is not None:
+                    self._give_up(conn, call)
+                if isinstance(error, errors.Timeout):
+                    raise self._overdue(request) from error
+                raise
             else:
                 return conn, call
 
     def _await(self, conn: Live, call: ClientCall, request: Request) -> None:
-        try:
-            self._wait(conn, call, lambda: call.done, request.deadline)
-        except BaseException:  # Ctrl-C
-            self._give_up(conn, call)
-            raise
-        if not call.done:
-            self._give_up(conn, call)
+        if not self._wait(conn, call, lambda: call.done, request.deadline):
             raise self._overdue(request)
 
     def _give_up(self, conn: Live, call: ClientCall) -> None:
+        """Nothing for a call that is done."""
+        if call.done:
+            return
         with conn.mutex:
             conn.core.cancel(call)
         with suppress(errors.IpcError):
             conn.try_flush()
 
+    def _call_off(self, conn: Live, call: ClientCall) -> None:
+        """Give up a call that another thread may wait for. If one receives it is woken: by the answer to a question of ours."""
+        self._give_up(conn, call)
+        call.changed()
+        if conn.turn.locked() and conn.error is None:
+            with conn.mutex:
+                conn.core.begin(BUILT_IN, TARGETS.name, NO_ARGUMENTS, time.monotonic())
+            with suppress(errors.IpcError):
+                conn.try_flush()
+
     def _feed(self, conn: Live, call: ClientCall, request: Request) -> None:
-        """Send the stream of this call."""
+        """Send the stream of this call, until it ends or nobody wants it any more."""
         encode = request.method.wire("msgpack", named=False).encode
+        heard = time.monotonic()
         for value in request.stream:
+            now = time.monotonic()
+            if request.deadline is not None and now >= request.deadline:
+                raise self._overdue(request)
+            if now - heard > _UNHEARD:
+                heard = now
+                self._glance(conn)
             if call.credit <= 0:
                 self._wait(conn, call, lambda: call.done or call.credit > 0, request.deadline)
             try:
                 body = encode(value)
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
-                self._give_up(conn, call)
-                raise unwritable(error) from error
+                raise unwritable(error, self.url, request.operation) from error
             with conn.mutex:
                 wanted = call.credit > 0 and conn.core.item(call, body)
             if not wanted:
@@ -170,10 +200,13 @@ class Client(Base):
         self._send(conn, request.deadline)
 
     def _send(self, conn: Live, deadline: float | None) -> None:
+        """What was not sent by the deadline stays in the outbox: whoever waits for the answer finds that its time is up."""
         try:
             self._flush(conn, deadline)
         except BROKEN as error:
             self._broke(conn, error)
+        except errors.Timeout:
+            pass
 
     # -- waiting: whoever waits turns the loop -------------------------------------------------------------------------
 
@@ -203,6 +236,15 @@ class Client(Base):
             if conn.waiting and not conn.turn.locked():  # it may have been handed to us, and we need it no more
                 conn.hand_over()
         return True
+
+    def _glance(self, conn: Live) -> None:
+        """Hear what is there, unless somebody else receives."""
+        if conn.turn.acquire(False):
+            try:
+                self._receive(conn, time.monotonic())
+            finally:
+                conn.turn.release()
+                conn.hand_over()
 
     def _receive(self, conn: Live, deadline: float | None) -> bool:
         """Hear what comes next. False: nothing came before the deadline."""

@@ -127,7 +127,7 @@ def _converted(error: msgspec.ValidationError, names: tuple[str, ...] = ()) -> e
     return errors.SchemaError(text)
 
 
-def _decoder(format: Format, type: Any, names: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def decoder(format: Format, type: Any, names: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     decode = (msgspec.json if format == "json" else msgspec.msgpack).Decoder(type).decode
 
     def checked(data: Any) -> Any:
@@ -147,8 +147,8 @@ def _encoder(format: Format) -> Callable[[Any], bytes]:
     return encode
 
 
-def unwritable(error: Exception) -> errors.CodecError:
-    return errors.CodecError(f"this value cannot be sent: {error}")
+def unwritable(error: Exception, url: object = None, operation: str | None = None) -> errors.CodecError:
+    return errors.CodecError(f"this value cannot be sent: {error}", url=url, operation=operation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,25 +228,25 @@ class Method:
     def _make_wire(self, format: Format, named: bool) -> Wire:
         encode = _encoder(format)
         encode_args, decode_args = self._named(format) if named else self._positional(format)
-        decode_result, decode_item = _decoder(format, self.result), _decoder(format, self.item)
+        decode_result, decode_item = decoder(format, self.result), decoder(format, self.item)
         return Wire(encode_args, decode_args, encode, decode_result, decode_item)
 
     def _positional(self, format: Format) -> tuple[Callable[[Any], bytes], Callable[[Any], tuple[Any, ...]]]:
         encode = _encoder(format)
         if self.plain:
             array = tuple[tuple(each.type for each in self.parameters)] if self.parameters else tuple[()]  # type: ignore[misc]
-            return encode, _decoder(format, array, self._names)
-        decode = _decoder(format, self._record(array_like=True), self._names)
+            return encode, decoder(format, array, self._names)
+        decode = decoder(format, self._record(array_like=True), self._names)
         return encode, lambda data: msgspec.structs.astuple(decode(data))
 
     def _named(self, format: Format) -> tuple[Callable[[Any], bytes], Callable[[Any], tuple[Any, ...]]]:
         encode = _encoder(format)
         if self.message is not None:
-            decode_message = _decoder(format, self.parameters[0].type)
+            decode_message = decoder(format, self.parameters[0].type)
             return lambda args: encode(args[0]), lambda data: (decode_message(data),)
         names = self._names
         empty = encode(None)
-        decode = _decoder(format, self._record(array_like=False))
+        decode = decoder(format, self._record(array_like=False))
 
         def decode_args(data: Any) -> tuple[Any, ...]:
             return msgspec.structs.astuple(

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from ..errors import ProtocolError
+from ..errors import MessageTooLarge, ProtocolError
 from . import events
 from .events import Event
 
@@ -151,7 +151,7 @@ def _encode_call(event: events.Call) -> bytes:
     if event.metadata:
         head = _pack((name, event.metadata))
         if len(head) > 0xFFFF:
-            raise ProtocolError(f"metadata of {len(head)} bytes; 65535 are allowed")
+            raise MessageTooLarge(f"metadata of {len(head)} bytes; 65535 are allowed")
         return _frame(CALL | _METADATA, event.id, milliseconds(event.ttl), head, event.body)
     return _frame(CALL, event.id, milliseconds(event.ttl), name.encode(), event.body)
 

@@ -14,7 +14,7 @@ import grpc.aio
 from ... import errors
 from ..._wait import arun
 from .. import _aclient as _tasks
-from .._calling import CallOptions, Request, Subscribed
+from .._request import CallOptions, Request, Subscribed
 from .._tracing import traced
 from ..client import make_proxy
 from ..contract import Contract, Method, Shape
@@ -111,21 +111,12 @@ class AsyncClient(Routes, _tasks.AsyncClient):
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    async def call(
-        self,
-        target: str,
-        method: str,
-        /,
-        *args: Any,
-        timeout: float | None = None,
-        metadata: Any = None,
-        **named: Any,
-    ) -> Any:
-        if target not in self._files:
-            await self._connected(None)
-            self._described[target] = await self._ask(DESCRIBE, target)
-            self._files[target] = await self._ask(DESCRIPTOR, target)
-        return await super().call(target, method, *args, timeout=timeout, metadata=metadata, **named)
+    async def _ask_about(self, target: str, options: CallOptions) -> None:
+        until = options.deadline()
+        await self._connected(until)
+        described = await self._ask(DESCRIBE, target, until)
+        self._files[target] = await self._ask(DESCRIPTOR, target, until)
+        self._described[target] = described
 
     async def _ask(self, method: Method, target: str, deadline: float | None = None) -> Any:
         return await self._again(self._question(method, (target,), deadline), self._attempt)

@@ -20,7 +20,7 @@ import grpc
 from ... import errors
 from ..._spi import Steps, Wait
 from ..._wait import run
-from .._calling import CallOptions, Request, Subscribed
+from .._request import CallOptions, Request, Subscribed
 from .._tracing import traced
 from ..client import Client as _Client
 from ..client import make_proxy
@@ -140,12 +140,12 @@ class Client(Routes, _Client):
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def _lookup(self, target: str, method: str) -> Method:
-        if target not in self._files:
-            self._connected(None)
-            self._described[target] = self._ask(DESCRIBE, target)
-            self._files[target] = self._ask(DESCRIPTOR, target)
-        return self._untyped(target, method, self._described[target])
+    def _ask_about(self, target: str, options: CallOptions) -> None:
+        until = options.deadline()
+        self._connected(until)
+        described = self._ask(DESCRIBE, target, until)
+        self._files[target] = self._ask(DESCRIPTOR, target, until)
+        self._described[target] = described
 
     def _ask(self, method: Method, target: str, deadline: float | None = None) -> Any:
         return self._again(self._question(method, (target,), deadline), self._attempt)

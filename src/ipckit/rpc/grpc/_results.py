@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from ... import errors
-from .._calling import Request, Subscribed
+from .._request import Request, Subscribed
 from ..events import Push
 from ..protobuf import MethodSchema
 from ._door import parsed

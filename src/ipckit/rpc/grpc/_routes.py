@@ -17,10 +17,11 @@ from ..._url import Url
 from ...transports import _grpc_home, _grpc_place
 from ...transports._grpc_place import PlaceOptions
 from .. import compat
-from .._calling import Base, Request
+from .._calling import Base
 from .._exposed import BUILT_IN
 from .._protofile import add_well_known, camel
 from .._protovalues import Converter, to_builtins
+from .._request import Request
 from ..contract import Contract, Method, Shape
 from ..protobuf import MethodSchema, schema_of
 from ._info import INFO, SCHEMA
