@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from .message import Message
     from .pubsub import Publisher, Subscriber, publisher, subscriber
     from .queue import Receiver, Sender, receiver, sender
+    from .rpc import Package as _Package
     from .rpc.client import Client, client
-    from .rpc.contract import Service, rpc
+    from .rpc.contract import Service
     from .rpc.server import Server, serve
+
+    rpc: _Package
 
 __version__ = "0.1.0"
 

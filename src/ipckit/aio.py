@@ -8,6 +8,7 @@ async with await ipckit.aio.connect("shm://frames") as channel:
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import rpc
 from ._registry import capabilities
 from .channel import AsyncChannel as Channel
 from .channel import AsyncListener as Listener
@@ -27,7 +28,7 @@ from .rpc._aclient import AsyncClient as Client
 from .rpc._aclient import aclient as client
 from .rpc._aserver import AsyncServer as Server
 from .rpc._aserver import aserve as serve
-from .rpc.contract import Service, rpc
+from .rpc.contract import Service
 
 if TYPE_CHECKING:
     from .sync.memory_tasks import Latest, Segment

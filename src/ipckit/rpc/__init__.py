@@ -35,8 +35,9 @@ The module itself is the decorator: `@ipckit.rpc`, `@ipckit.rpc(idempotent=True)
 from __future__ import annotations
 
 import sys
+import typing
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ._limits import ServerOptions, ShutdownReport
 from ._results import Results, Subscription
@@ -45,6 +46,8 @@ from .compat import check
 from .context import CallContext, current
 from .contract import Contract, Method, Service, Shape, contract_of, rpc
 from .server import Server, serve
+
+F = TypeVar("F", bound=typing.Callable[..., Any])
 
 __all__ = [
     "CallContext",
@@ -68,11 +71,21 @@ __all__ = [
 ]
 
 
-class _Callable(ModuleType):
-    """`ipckit.rpc` is this package and the decorator at once."""
+class Package(ModuleType):
+    """`ipckit.rpc` is this package and the decorator at once. Editors and mypy know it by this class."""
 
+    if TYPE_CHECKING:
+        check = staticmethod(check)
+        contract_of = staticmethod(contract_of)
+        current = staticmethod(current)
+        using = staticmethod(using)
+
+    @overload
+    def __call__(self, function: F, /) -> F: ...
+    @overload
+    def __call__(self, *, idempotent: bool = False, inline: bool | None = None) -> typing.Callable[[F], F]: ...
     def __call__(self, *args: Any, **named: Any) -> Any:
         return rpc(*args, **named)
 
 
-sys.modules[__name__].__class__ = _Callable
+sys.modules[__name__].__class__ = Package

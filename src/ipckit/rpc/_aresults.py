@@ -79,7 +79,12 @@ class AsyncResults(AsyncIterator[Any]):
 
     def __del__(self) -> None:
         with suppress(Exception):
-            self._stop()
+            if self._begun is not None:
+                conn, call = self._begun
+                if not call.done:
+                    conn.drop(call)
+            if self._feeder is not None:
+                self._feeder.cancel()
 
 
 class AsyncSubscription(AsyncIterator[Any]):

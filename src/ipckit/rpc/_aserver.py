@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from .. import errors
 from .._url import Url
@@ -23,7 +23,7 @@ from .._wait import arun
 from ..channel import AsyncChannel, Channel
 from ._limits import ServerOptions, ShutdownReport
 from ._place import Place, native_class
-from .server import BaseServer, ServerInterceptor
+from .server import BaseServer, Options, ServerInterceptor
 
 
 class AsyncServer(BaseServer):
@@ -138,7 +138,7 @@ async def aserve(
     *services: Any,
     drain: float = 5,
     ready: Callable[[AsyncServer], None] | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> ShutdownReport:
     """`serve`, awaited: until SIGTERM, or until it is cancelled; calls under way are given `drain` seconds in both cases."""
     server = await AsyncServer(where, *services, **options)

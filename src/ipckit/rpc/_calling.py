@@ -80,6 +80,8 @@ class Live(Connection):
         return (target, contract.fingerprint) in self.agreed
 
     def close(self) -> None:
+        """Its calls end with it: who waits for one may be asleep where the gate does not wake it."""
+        self.break_off(errors.Closed("the client was closed", url=self.url))
         self.gate.close()
         if self.fused is not None:  # its own calls wait inside it, not at our gate
             self.link.close()

@@ -50,6 +50,7 @@ class Connection:
         self.turn = threading.Lock()
         self.waiting: deque[Waiter] = deque()
         self.error: errors.IpcError | None = None
+        self._dropped: deque[ClientCall] = deque()
         self.since = time.monotonic()
         self._pushed = pushed
         self._spin = link.spin_recv if isinstance(link, Spinning) else None
@@ -74,6 +75,8 @@ class Connection:
     def try_flush(self) -> bool:
         """Send what the core has to say. True when all of it has gone."""
         with self.mutex:
+            while self._dropped:
+                self.core.cancel(self._dropped.popleft())
             outbox = self.core.outbox
             while outbox:
                 try:
@@ -83,6 +86,16 @@ class Connection:
                 except errors.MessageTooLarge as error:
                     self.core.unsendable(error.message)
             return self.link.try_flush()
+
+    def drop(self, call: ClientCall) -> bool:
+        """Cancel it, from a finalizer: that runs anywhere, and where this thread has the mutex it is left to who flushes next."""
+        self._dropped.append(call)
+        if not self.mutex.acquire(False):
+            return False
+        self.mutex.release()
+        with suppress(errors.IpcError):
+            self.try_flush()
+        return True
 
     def flush(self) -> Steps[None]:
         while not self.try_flush():

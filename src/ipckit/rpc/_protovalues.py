@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import msgspec
 
+from .contract import unwritable
+
 if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor, FieldDescriptor
     from google.protobuf.message import Message
@@ -29,7 +31,11 @@ Writer: TypeAlias = Callable[[Any, Any], Any]
 
 
 def to_builtins(value: Any) -> Any:
-    return msgspec.to_builtins(value, builtin_types=(bytes, bytearray, memoryview))
+    """Raises CodecError."""
+    try:
+        return msgspec.to_builtins(value, builtin_types=(bytes, bytearray, memoryview))
+    except (TypeError, RecursionError) as error:
+        raise unwritable(error) from error
 
 
 def identifier(name: str) -> str:

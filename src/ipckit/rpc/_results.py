@@ -24,17 +24,7 @@ class Results(Iterator[Any]):
         self._client, self._conn, self._call, self._request = client, conn, call, request
         self._decode = request.method.wire("msgpack", named=False).decode_result
         self._over = False
-        self._failed: Exception | None = None
-        if request.stream is not None:
-            feeder = threading.Thread(target=self._send, name=f"ipckit-{request.operation}", daemon=True)
-            feeder.start()
-
-    def _send(self) -> None:
-        try:
-            self._client._feed(self._conn, self._call, self._request)
-        except Exception as error:  # of the user's iterator, or a value that cannot be sent: the caller is told
-            self._failed = error
-            self._client._call_off(self._conn, self._call)
+        self._feeder = None if request.stream is None else _Feeder(client, conn, call, request)
 
     def __next__(self) -> Any:
         call, conn = self._call, self._conn
@@ -47,8 +37,8 @@ class Results(Iterator[Any]):
                 return self._client._read(self._decode, body, self._request.operation)
             if call.done:
                 self._over = True
-                if self._failed is not None:
-                    raise self._failed
+                if self._feeder is not None and self._feeder.failed is not None:
+                    raise self._feeder.failed
                 self._client._raise_failure(conn, call, self._request)
             else:
                 try:
@@ -71,7 +61,24 @@ class Results(Iterator[Any]):
 
     def __del__(self) -> None:
         with suppress(Exception):
-            self.close()
+            if not self._call.done and self._conn.drop(self._call):
+                self._client._call_off(self._conn, self._call)
+
+
+class _Feeder:
+    """The thread that sends the stream of a call whose results are read. It does not know the `Results`: they may be dropped."""
+
+    def __init__(self, client: Client, conn: Live, call: ClientCall, request: Request) -> None:
+        self._client, self._conn, self._call, self._request = client, conn, call, request
+        self.failed: Exception | None = None
+        threading.Thread(target=self._run, name=f"ipckit-{request.operation}", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._client._feed(self._conn, self._call, self._request)
+        except Exception as error:  # of the user's iterator, or a value that cannot be sent: the caller is told
+            self.failed = error
+            self._client._call_off(self._conn, self._call)
 
 
 class Subscription(Iterator[Any]):

@@ -117,9 +117,9 @@ def rpc(function: Any = None, /, *, idempotent: bool = False, inline: bool | Non
     return mark if function is None else mark(function)
 
 
-def _converted(error: msgspec.ValidationError, names: tuple[str, ...] = ()) -> errors.SchemaError:
+def _converted(error: msgspec.ValidationError, names: tuple[str, ...] = (), root: str = "$") -> errors.SchemaError:
     """Names in place of positions: `$[1].qty` of the second parameter `order` is `$.order.qty`."""
-    text = _with_path(str(error))
+    text = root + _with_path(str(error)).removeprefix("$")
     for number, name in enumerate(names):
         if text.startswith(f"$[{number}]"):
             text = f"$.{name}{text[len(f'$[{number}]') :]}"
@@ -127,14 +127,15 @@ def _converted(error: msgspec.ValidationError, names: tuple[str, ...] = ()) -> e
     return errors.SchemaError(text)
 
 
-def decoder(format: Format, type: Any, names: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def decoder(format: Format, type: Any, names: tuple[str, ...] = (), root: str = "$") -> Callable[[Any], Any]:
+    """Raises SchemaError, CodecError. `names`: of the elements of an array. `root`: where the value stands."""
     decode = (msgspec.json if format == "json" else msgspec.msgpack).Decoder(type).decode
 
     def checked(data: Any) -> Any:
         try:
             return decode(data)
         except msgspec.ValidationError as error:
-            raise _converted(error, names) from error
+            raise _converted(error, names, root) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise errors.CodecError(f"this is no {format}: {error}") from error
 
@@ -228,7 +229,8 @@ class Method:
     def _make_wire(self, format: Format, named: bool) -> Wire:
         encode = _encoder(format)
         encode_args, decode_args = self._named(format) if named else self._positional(format)
-        decode_result, decode_item = decoder(format, self.result), decoder(format, self.item)
+        decode_result = decoder(format, self.result)
+        decode_item = decoder(format, self.item, root=f"$.{self.stream}[]")
         return Wire(encode_args, decode_args, encode, decode_result, decode_item)
 
     def _positional(self, format: Format) -> tuple[Callable[[Any], bytes], Callable[[Any], tuple[Any, ...]]]:

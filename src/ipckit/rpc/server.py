@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 from .. import errors
 from .._endpoint import Endpoint
@@ -34,6 +34,22 @@ from .contract import target_name
 
 #: `interceptor(call, proceed)`: `call` is the `CallContext`; returns what `proceed()` returns (awaitable for coroutines).
 ServerInterceptor = Callable[[Any, Callable[[], Any]], Any]
+
+
+class Options(TypedDict, total=False):
+    """What `serve` passes on to `Server`."""
+
+    timeout: float | None
+    workers: int
+    max_connections: int
+    max_concurrent: int
+    max_per_connection: int
+    tracebacks: bool
+    connection_timeout: float | None
+    requests_per_second: float | None
+    burst_size: int | None
+    interceptors: Sequence[ServerInterceptor]
+    require: Collection[str]
 
 
 class BaseServer(Endpoint):
@@ -234,7 +250,7 @@ def serve(
     *services: Any,
     drain: float = 5,
     ready: Callable[[Server], None] | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> ShutdownReport:
     """Serve until Ctrl-C or SIGTERM, then let the calls under way finish for `drain` seconds.
 
