@@ -15,6 +15,7 @@ How the parts fit, from the ground up:
 | `failures.py` | exceptions to what travels, and back |
 | `_place.py` | a URL, or a channel in its place |
 | `_request.py` `_connection.py` `_calling.py` | one call, a client's connection, and what its two shells share |
+| `_proxy.py` | what stands for a contract at the client |
 | `client.py` `_short.py` `_results.py` | the client for threads: calls, their short way, streams and pushes |
 | `_aclient.py` `_aresults.py` | the client for tasks |
 | `_exposed.py` `_limits.py` `_rate.py` | what a server exposes, and what it allows |
@@ -40,8 +41,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ._limits import ServerOptions, ShutdownReport
+from ._proxy import Remote, using
 from ._results import Results, Subscription
-from .client import Client, client, using
+from .client import Client, client
 from .compat import check
 from .context import CallContext, current
 from .contract import Contract, Method, Service, Shape, contract_of, rpc
@@ -54,6 +56,7 @@ __all__ = [
     "Client",
     "Contract",
     "Method",
+    "Remote",
     "Results",
     "Server",
     "ServerOptions",

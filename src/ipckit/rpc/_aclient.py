@@ -29,8 +29,9 @@ from ._clientcore import ClientCall
 from ._connection import BROKEN
 from ._exposed import BUILT_IN
 from ._place import native_class
+from ._proxy import P, R, Remote, make_proxy
 from ._request import CallOptions, Interceptor, Request, Subscribed, encoded
-from .client import PATIENCE, make_proxy
+from .client import PATIENCE
 from .contract import Method, unwritable
 
 S = TypeVar("S")
@@ -335,7 +336,7 @@ async def aclient(
     require: Collection[str] = (),
 ) -> AsyncClient: ...
 @overload
-async def aclient(
+async def aclient(  # type: ignore[overload-overlap]  # a class can be called as well
     where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: type[S],
     /,
@@ -347,6 +348,19 @@ async def aclient(
     interceptors: Sequence[Interceptor] = (),
     require: Collection[str] = (),
 ) -> S: ...
+@overload
+async def aclient(
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
+    contract: Callable[P, R],
+    /,
+    *,
+    target: str | None = None,
+    timeout: float | None = PATIENCE,
+    call_timeout: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    interceptors: Sequence[Interceptor] = (),
+    require: Collection[str] = (),
+) -> Remote[P, R]: ...
 async def aclient(
     where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: Any = None,

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from .. import errors
 from ._calling import Live
@@ -145,6 +145,12 @@ class AsyncSubscription(AsyncIterator[Any]):
     async def close(self) -> None:
         """No longer interested."""
         self._client._unsubscribe(self._subscribed)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
 
 def _stirred(conn: Live, pushes: Collection[Any]) -> bool:

@@ -23,7 +23,7 @@ from .._wait import arun
 from ..channel import AsyncChannel, Channel
 from ._limits import ServerOptions, ShutdownReport
 from ._place import Place, native_class
-from .server import BaseServer, Options, ServerInterceptor
+from .server import BaseServer, Options, ServerInterceptor, check_server
 
 
 class AsyncServer(BaseServer):
@@ -52,6 +52,7 @@ class AsyncServer(BaseServer):
         require: Collection[str] = (),
     ) -> None:
         self._opened = Place(where, require, "serve")
+        check_server(services, interceptors)
         self.url = self._opened.url
         self._services = services
         self._serving = ServerOptions(
@@ -68,6 +69,16 @@ class AsyncServer(BaseServer):
         self._timeout = timeout
         self._watcher: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        """What there is only when it listens."""
+        if name == "_engine":
+            raise errors.ConfigError(
+                "this server does not listen yet",
+                url=self.url,
+                hint="await it, or enter it by `async with`, before you use it",
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self._open().__await__()

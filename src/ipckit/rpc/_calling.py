@@ -101,11 +101,14 @@ class Base(Endpoint):
         require: Collection[str],
     ) -> None:
         self._options = CallOptions(call_timeout, dict(check_headers(metadata)))
+        self._interceptors = tuple(interceptors)
+        for interceptor in self._interceptors:
+            if not callable(interceptor):
+                raise errors.BadOption(f"{interceptor!r} is no interceptor: it cannot be called")
         self._place = Place(where, require, "client")
         self._lines = _Resource()
         super().__init__(self._lines, self._place.url, self._place.capabilities)
         self._patience = timeout
-        self._interceptors = tuple(interceptors)
         self._expected: dict[tuple[str, str], Contract] = {}  # by target and fingerprint
         self._described: dict[str, dict[str, Any]] = {}
         self._subscriptions: list[Subscribed] = []
@@ -138,6 +141,11 @@ class Base(Endpoint):
             conn = Live((yield from self._place.connect()), self.url, self._pushed)
             try:
                 yield from self._greet(conn)
+            except errors.Timeout as timeout:
+                conn.close()
+                raise errors.NothingListening(
+                    "somebody listens there, and did not answer in time", url=self.url, operation="client"
+                ) from timeout
             except errors.PeerError as error:
                 conn.close()
                 if conn.core.refusal is not None:
@@ -252,14 +260,18 @@ class Base(Endpoint):
         with conn.mutex:
             if conn.error is not None:
                 raise again(conn.error, request.operation)
-            return conn.core.begin(
-                request.target,
-                request.method.name,
-                body,
-                time.monotonic(),
-                deadline=request.deadline,
-                metadata=request.metadata,
-            )
+            try:
+                return conn.core.begin(
+                    request.target,
+                    request.method.name,
+                    body,
+                    time.monotonic(),
+                    deadline=request.deadline,
+                    metadata=request.metadata,
+                )
+            except errors.MessageTooLarge as error:  # its metadata
+                error.url, error.operation = str(self.url), request.operation
+                raise
 
     def _outcome(self, conn: Live, call: ClientCall, request: Request) -> Any:
         """The result of a call that is done. Raises what it failed with."""
@@ -304,6 +316,11 @@ class Base(Endpoint):
     @contextmanager
     def _expecting(self, contract: Any, target: str | None) -> Iterator[tuple[str, Contract]]:
         """From now on every connection is to have this contract; unless the block, which connects, finds that it does not fit."""
+        if isinstance(contract, Service):
+            kind = type(contract).__name__
+            raise errors.ConfigError(
+                f"this is a {kind}, not its contract", url=self.url, hint=f"give the class: {kind}"
+            )
         known = contract_of(contract)
         key = target or target_name(contract), known.fingerprint
         new = key not in self._expected

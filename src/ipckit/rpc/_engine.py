@@ -34,6 +34,7 @@ from ._servercore import Changed, ServerCall, Started
 from ._serving import Job
 from ._session import PAUSE, ServerConnection
 from .context import CallContext
+from .contract import unwritable
 from .dialects import Dialect, Native
 
 __all__ = ["Engine", "ServerOptions", "ShutdownReport"]
@@ -395,7 +396,7 @@ class Engine:
         for conn in tuple(self._connections):
             form = conn.core.dialect.push_format
             if form not in bodies:
-                bodies[form] = (msgspec.json if form == "json" else msgspec.msgpack).encode(value)
+                bodies[form] = self._pushable(form, value)
             with conn.mutex:
                 full = conn.overfull()
                 sent = not conn.lost and not full and conn.core.push(type, bodies[form])
@@ -408,6 +409,12 @@ class Engine:
                 self.counts["pushes_dropped"] += 1
         self.counts["pushes"] += reached
         return reached
+
+    def _pushable(self, form: str, value: Any) -> bytes:
+        try:
+            return msgspec.json.encode(value) if form == "json" else msgspec.msgpack.encode(value)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise unwritable(error, self.url, "broadcast") from error
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 

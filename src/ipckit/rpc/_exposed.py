@@ -60,8 +60,8 @@ class Services:
         self.expose(BUILT_IN, _BuiltIn(self))
 
     def expose(self, target: str, service: Any) -> None:
-        """It replaces what had the name. Raises ConfigError for annotations that cannot be read."""
-        contract = contract_of(service)
+        """It replaces what had the name. Raises ConfigError for annotations that cannot be read, and for a class."""
+        contract = servable(service)
         table = {}
         for name, method in (*contract.messages.items(), *contract.methods.items()):
             function = service if _is_function(service) else getattr(service, method.name)
@@ -106,6 +106,13 @@ class Services:
     def is_registered(self, name: str) -> bool:
         """Something answers to this message type or method, or it is pushed."""
         return name in self.pushed or any(contract.find(name) for contract in self.contracts.values())
+
+
+def servable(service: Any) -> Contract:
+    """The contract of what can be exposed. Raises ConfigError."""
+    if isinstance(service, type):
+        raise errors.ConfigError(f"{service.__name__} is a class", hint=f"expose an instance: {service.__name__}(...)")
+    return contract_of(service)
 
 
 def _is_function(service: Any) -> bool:

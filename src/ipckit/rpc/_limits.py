@@ -34,6 +34,9 @@ class ServerOptions:
     burst_size: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("workers", "max_connections", "max_concurrent", "max_per_connection"):
+            if getattr(self, name) < 1:
+                raise errors.BadOption(f"{name} is {getattr(self, name)!r}, and has to be 1 or more")
         for name in ("connection_timeout", "requests_per_second", "burst_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from .. import errors
 from ._calling import Live
@@ -137,3 +137,9 @@ class Subscription(Iterator[Any]):
     def close(self) -> None:
         """No longer interested."""
         self._client._unsubscribe(self._subscribed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

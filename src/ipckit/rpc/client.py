@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast, overload
+from typing import Any, Self, TypeVar, overload
 
 from .. import errors
 from .._url import Url
@@ -29,10 +29,11 @@ from ._clientcore import ClientCall
 from ._connection import BROKEN, Waiter
 from ._exposed import BUILT_IN
 from ._place import native_class
+from ._proxy import P, R, Remote, make_proxy
 from ._request import CallOptions, Interceptor, Request, Subscribed, encoded
 from ._results import Results, Subscription
 from ._short import short_way
-from .contract import Contract, Method, Shape, unwritable
+from .contract import Method, Shape, unwritable
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -331,20 +332,6 @@ class Client(Base):
         self.close()
 
 
-def make_proxy(client: Any, contract: type[S], target: str, known: Contract, options: CallOptions) -> S:
-    """An instance of `contract`, made without its constructor, whose methods are the client's."""
-    kind = type(contract.__name__, (contract,), {"__slots__": (), "__module__": contract.__module__, "close": _close})
-    proxy = cast("Any", object.__new__(kind))
-    proxy.__dict__["_ipckit"] = (client, contract, target, known, options)
-    for name, method in known.methods.items():
-        proxy.__dict__[name] = client._caller(target, method, options)
-    return cast("S", proxy)
-
-
-def _close(self: Any) -> Any:
-    return self._ipckit[0].close()
-
-
 @overload
 def client(
     where: str | Url | Channel[Any] | AsyncChannel[Any],
@@ -358,7 +345,7 @@ def client(
     require: Collection[str] = (),
 ) -> Client: ...
 @overload
-def client(
+def client(  # type: ignore[overload-overlap]  # a class can be called as well
     where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: type[S],
     /,
@@ -370,6 +357,19 @@ def client(
     interceptors: Sequence[Interceptor] = (),
     require: Collection[str] = (),
 ) -> S: ...
+@overload
+def client(
+    where: str | Url | Channel[Any] | AsyncChannel[Any],
+    contract: Callable[P, R],
+    /,
+    *,
+    target: str | None = None,
+    timeout: float | None = PATIENCE,
+    call_timeout: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    interceptors: Sequence[Interceptor] = (),
+    require: Collection[str] = (),
+) -> Remote[P, R]: ...
 def client(
     where: str | Url | Channel[Any] | AsyncChannel[Any],
     contract: Any = None,
@@ -386,7 +386,7 @@ def client(
 
     Args:
         where: the URL of the server, or a channel to it (one end of a `pair`), which becomes the client's.
-        contract: a Service class. It is compared with the server's when it is connected.
+        contract: a Service class, or a function marked with `@ipckit.rpc`. It is compared with the server's when it is connected.
         target: the name that the service is exposed under; by default the class's, in lower case.
         timeout: seconds for connecting, the first time and again; None waits until there is a server.
         call_timeout: seconds until the deadline of each call; `using` gives single calls another one. None: no deadline.
@@ -414,12 +414,3 @@ def client(
         made.close()
         raise
     return made
-
-
-def using(service: S, *, timeout: float | None = None, metadata: Mapping[str, str] | None = None) -> S:
-    """The same client's object, whose calls have this deadline (seconds) and this metadata besides what they had."""
-    try:
-        made, contract, target, known, options = cast("Any", service)._ipckit
-    except AttributeError:
-        raise TypeError("using() takes what client(url, Contract) returned") from None
-    return cast("S", make_proxy(made, contract, target, known, options.with_(timeout, metadata)))

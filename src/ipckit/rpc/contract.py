@@ -335,7 +335,10 @@ def contract_of(service: Any) -> Contract:
     if isinstance(service, Contract):
         return service
     if isinstance(service, types.FunctionType | types.MethodType):
-        return Contract(service.__name__, {service.__name__: _method(service.__name__, service, bound=True)})
+        options = getattr(service, _MARK, MethodOptions())
+        return Contract(
+            service.__name__, {service.__name__: _method(service.__name__, service, bound=True, options=options)}
+        )
     cls = service if isinstance(service, type) else type(service)
     found = _contracts.get(cls)
     if found is None:
@@ -354,7 +357,7 @@ def target_name(service: Any) -> str:
 def _contract_of_class(cls: type) -> Contract:
     methods = {}
     for name, function in _public(cls):
-        methods[name] = _method(name, function, bound=False)
+        methods[name] = _method(name, function, bound=False, options=_mark_of(cls, name) or MethodOptions())
     if not methods:
         raise errors.ConfigError(
             f"{cls.__name__} has no method that could be called",
@@ -367,13 +370,26 @@ def _public(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
     every = issubclass(cls, Service)
     for name in dir(cls):
         function = inspect.getattr_static(cls, name)
-        if isinstance(function, types.FunctionType) and not name.startswith("_"):
+        if name.startswith("_"):
+            continue
+        if isinstance(function, staticmethod | classmethod):
+            if hasattr(function.__func__, _MARK):
+                raise errors.ConfigError(
+                    f"{cls.__name__}.{name} is no method of an instance", hint="what is called remotely takes `self`"
+                )
+        elif isinstance(inspect.unwrap(function) if callable(function) else None, types.FunctionType):
             inherited = every and not hasattr(Service, name)
-            if inherited or hasattr(function, _MARK):
+            if inherited or _mark_of(cls, name) is not None:
                 yield name, function
 
 
-def _method(name: str, function: Callable[..., Any], *, bound: bool) -> Method:
+def _mark_of(cls: type, name: str) -> MethodOptions | None:
+    """What was said about a method, by its class or by one that it overrides."""
+    marks = (getattr(vars(each).get(name), _MARK, None) for each in cls.__mro__)
+    return next((mark for mark in marks if mark is not None), None)
+
+
+def _method(name: str, function: Callable[..., Any], *, bound: bool, options: MethodOptions) -> Method:
     try:
         hints = typing.get_type_hints(function, include_extras=True)
     except NameError as error:
@@ -416,7 +432,7 @@ def _method(name: str, function: Callable[..., Any], *, bound: bool) -> Method:
         item=item,
         message=only.__name__ if isinstance(only, type) and _is_record(only) else None,
         coroutine=inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function),
-        options=getattr(function, _MARK, MethodOptions()),
+        options=options,
     )
     try:
         method.wire("msgpack", named=False)

@@ -28,6 +28,7 @@ from .._url import Url
 from .._wait import Gate, Lane, run
 from ..channel import AsyncChannel, Channel
 from ._engine import Engine
+from ._exposed import servable
 from ._limits import ServerOptions, ShutdownReport
 from ._place import Place, native_class
 from .contract import target_name
@@ -115,6 +116,15 @@ class BaseServer(Endpoint):
         return self._engine.stats()
 
 
+def check_server(services: Sequence[Any], interceptors: Sequence[ServerInterceptor]) -> None:
+    """Before anything is opened. Raises ConfigError, BadOption."""
+    for service in services:
+        servable(service)
+    for interceptor in interceptors:
+        if not callable(interceptor):
+            raise errors.BadOption(f"{interceptor!r} is no interceptor: it cannot be called")
+
+
 class Server(BaseServer):
     """A server in the background of this process. See `serve` for the arguments; `timeout` is for taking the address."""
 
@@ -141,6 +151,7 @@ class Server(BaseServer):
         require: Collection[str] = (),
     ) -> None:
         opened = Place(where, require, "serve")
+        check_server(services, interceptors)
         options = ServerOptions(
             workers,
             max_connections,

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -14,9 +14,9 @@ import grpc.aio
 from ... import errors
 from ..._wait import arun
 from .. import _aclient as _tasks
+from .._proxy import make_proxy
 from .._request import CallOptions, Request, Subscribed
 from .._tracing import traced
-from ..client import make_proxy
 from ..contract import Contract, Method, Shape
 from ..events import Push
 from ..protobuf import MethodSchema
@@ -399,6 +399,12 @@ class AsyncSubscription(AsyncIterator[Any]):
             return await self.recv()
         except errors.Closed:
             raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """No longer interested."""

@@ -20,10 +20,10 @@ import grpc
 from ... import errors
 from ..._spi import Steps, Wait
 from ..._wait import run
+from .._proxy import make_proxy
 from .._request import CallOptions, Request, Subscribed
 from .._tracing import traced
 from ..client import Client as _Client
-from ..client import make_proxy
 from ..contract import Contract, Method, Shape
 from ..protobuf import MethodSchema
 from ._door import parsed
