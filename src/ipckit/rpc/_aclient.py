@@ -226,6 +226,12 @@ class AsyncClient(Base):
                 return ready()
         return True
 
+    def _glance(self, conn: Live) -> None:
+        try:
+            conn.glance()
+        except BROKEN as error:
+            self._broke(conn, error)
+
     def _look(self, conn: Live) -> None:
         try:
             conn.look()
@@ -254,6 +260,8 @@ class AsyncClient(Base):
 
     async def _connected(self, deadline: float | None) -> Live:
         conn = self._lines.conn
+        if conn is not None and conn.rested():
+            self._glance(conn)
         if conn is not None and conn.good:
             return conn
         async with self._dialing:

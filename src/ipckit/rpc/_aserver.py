@@ -52,7 +52,6 @@ class AsyncServer(BaseServer):
         require: Collection[str] = (),
     ) -> None:
         self._opened = Place(where, require, "serve")
-        check_server(services, interceptors)
         self.url = self._opened.url
         self._services = services
         self._serving = ServerOptions(
@@ -84,6 +83,7 @@ class AsyncServer(BaseServer):
         return self._open().__await__()
 
     async def _open(self) -> Self:
+        check_server(self._services, self._interceptors)
         listener = await self._opened.arun(self._opened.listen(), self._timeout)
         try:
             super().__init__(self._opened, listener, self._services, self._serving, self._interceptors, threads=False)

@@ -21,6 +21,10 @@ from ._clientcore import ClientCall, ClientCore
 #: What a connection may end with.
 BROKEN = (errors.PeerError, errors.ProtocolError, errors.Closed)
 
+#: After so many seconds without a call a connection is looked at before the next one is sent: where the server has ended meanwhile,
+#: a call can be sent all the same (TCP takes it), and would be lost.
+RESTED = 0.001
+
 
 class Waiter:
     """A thread that sleeps until it is woken. A wake before the sleep counts."""
@@ -51,7 +55,7 @@ class Connection:
         self.waiting: deque[Waiter] = deque()
         self.error: errors.IpcError | None = None
         self._dropped: deque[ClientCall] = deque()
-        self.since = time.monotonic()
+        self.since = self.used = time.monotonic()
         self._pushed = pushed
         self._spin = link.spin_recv if isinstance(link, Spinning) else None
 
@@ -59,6 +63,12 @@ class Connection:
     def good(self) -> bool:
         """New calls may go here."""
         return self.error is None and not self.core.leaving
+
+    def rested(self) -> bool:
+        """Nobody has called for a while: its end may lie there unread. From now on somebody has."""
+        now = time.monotonic()
+        rested, self.used = now - self.used > RESTED, now
+        return rested
 
     def heard(self, frames: list[bytes]) -> None:
         """Frames that were received: to the calls that they belong to, and those who wait for them are told."""
@@ -125,6 +135,12 @@ class Connection:
             if not frames:  # sticky: it is raised again after these were heard
                 raise
         return frames
+
+    def glance(self) -> None:
+        """Hear what is there already."""
+        frames = self._try_receive()
+        if frames:
+            self.heard(frames)
 
     def look(self) -> None:
         """For a loop: the answer of a single call is looked for a little, where that has paid, before it sleeps."""

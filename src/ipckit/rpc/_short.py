@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import errors
 from ._calling import Live
 from ._clientcore import ClientCall
-from ._connection import BROKEN
+from ._connection import BROKEN, RESTED
 from ._request import CallOptions
 from ._tracing import traced
 from .contract import Method, unwritable
@@ -35,12 +35,14 @@ def short_way(
     encode, decode = wire.encode_args, wire.decode_result
     count, size, timeout = len(method.parameters), len(name), options.timeout
     ttl = milliseconds(timeout)
-    pack, unpack, start = HEAD.pack, HEAD.unpack_from, HEAD.size
+    pack, unpack, start, monotonic = HEAD.pack, HEAD.unpack_from, HEAD.size, time.monotonic
 
     def call(*args: Any, **named: Any) -> Any:
         conn = lines.conn
-        if named or len(args) != count or conn is None or conn.fused is None or traced():
+        now = monotonic()
+        if named or len(args) != count or conn is None or conn.fused is None or traced() or now - conn.used > RESTED:
             return long(*args, **named)
+        conn.used = now
         if not conn.turn.acquire(False):
             return long(*args, **named)
         id = conn.core.next_id()

@@ -256,7 +256,7 @@ class Client(Base):
             else:
                 conn.heard(run(conn.receive(), conn.rx, left))
             if conn.core.outbox:
-                self._flush(conn, None)
+                self._flush(conn, deadline)
         except errors.Timeout:
             return False
         except BROKEN as error:
@@ -269,6 +269,8 @@ class Client(Base):
 
     def _connected(self, deadline: float | None) -> Live:
         conn = self._lines.conn
+        if conn is not None and conn.rested():
+            self._glance(conn)
         if conn is not None and conn.good:
             return conn
         with self._dialing:
