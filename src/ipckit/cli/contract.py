@@ -69,18 +69,14 @@ def describe(what: str) -> dict[str, Any]:
     path = Path(what)
     if not path.is_file():
         return contract_of(load(what)).describe()
+    from ..rpc._description import read
+
     try:
-        found = json.loads(path.read_bytes())
-        if isinstance(found["methods"], dict) and isinstance(found["$defs"], dict):
-            description: dict[str, Any] = found
-            return description
-    except (ValueError, TypeError, KeyError) as error:
-        cause: Exception | None = error
-    else:
-        cause = None
-    raise ConfigError(
-        f"{what} is no description of a contract", hint="`ipckit contract export --json-schema` writes one"
-    ) from cause
+        return read(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{what} is no description of a contract: {error}", hint="`ipckit contract export --json-schema` writes one"
+        ) from error
 
 
 def load(what: str) -> Any:

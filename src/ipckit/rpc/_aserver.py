@@ -151,18 +151,22 @@ async def aserve(
     ready: Callable[[AsyncServer], None] | None = None,
     **options: Unpack[Options],
 ) -> ShutdownReport:
-    """`serve`, awaited: until SIGTERM, or until it is cancelled; calls under way are given `drain` seconds in both cases."""
+    """`serve`, awaited: until SIGTERM, or until it is cancelled; calls under way are given `drain` seconds in both cases.
+
+    Over a channel: until its one client has left.
+    """
     server = await AsyncServer(where, *services, **options)
     loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
+    ended = loop.create_task(server.wait())
     main = threading.current_thread() is threading.main_thread()
     if main:
-        loop.add_signal_handler(signal.SIGTERM, stopped.set)
+        loop.add_signal_handler(signal.SIGTERM, ended.cancel)
     try:
         if ready is not None:
             ready(server)
-        await stopped.wait()
+        await asyncio.wait([ended])
     finally:
+        ended.cancel()
         if main:
             loop.remove_signal_handler(signal.SIGTERM)
         report = await server.shutdown(drain)

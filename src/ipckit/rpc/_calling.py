@@ -25,7 +25,7 @@ from ._clientcore import ClientCall
 from ._connection import BROKEN, Connection, again
 from ._exposed import BUILT_IN
 from ._place import Place
-from ._request import CallOptions, Interceptor, Request, Subscribed
+from ._request import CallOptions, Interceptor, Left, Request, Subscribed
 from ._tracing import outgoing
 from .contract import (
     Contract,
@@ -410,7 +410,9 @@ class Base(Endpoint):
 
 def _as_described(name: str, described: dict[str, Any]) -> Method:
     parameters = tuple(
-        Parameter(each["name"], Any) if each["required"] else Parameter(each["name"], Any, msgspec.UNSET)
+        Parameter(each["name"], Any)
+        if each["required"]
+        else Parameter(each["name"], Any, Left(each.get("default", ...)))
         for each in described["parameters"]
     )
     shape = Shape(described["shape"])

@@ -21,8 +21,8 @@ from ._clientcore import ClientCall, ClientCore
 #: What a connection may end with.
 BROKEN = (errors.PeerError, errors.ProtocolError, errors.Closed)
 
-#: After so many seconds without a call a connection is looked at before the next one is sent: where the server has ended meanwhile,
-#: a call can be sent all the same (TCP takes it), and would be lost.
+#: After so many seconds without a call a connection is looked at before the next one is sent: where the server has ended
+#: meanwhile, a call can be sent all the same (TCP takes it), and would be lost.
 RESTED = 0.001
 
 

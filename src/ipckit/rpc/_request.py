@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import msgspec
-
 from .. import errors
 from .._url import Url
 from ..message import check_headers
@@ -67,14 +65,30 @@ class Request:
         return self.method.options.idempotent and self.method.shape is Shape.UNARY
 
 
-def encoded(request: Request, url: Url) -> bytes:
-    """Its arguments, before there is a connection that they could cost. Raises CodecError.
+@dataclass(frozen=True, slots=True)
+class Left:
+    """In place of an argument that an untyped caller left to the server. `default`: what the server says it is, or `...`."""
 
-    Without the optional ones at the end that an untyped caller left to the server.
+    default: Any
+
+    def described(self, operation: str) -> Any:
+        if self.default is ...:
+            raise TypeError(
+                f"{operation}: give the arguments before this one as well: the server did not tell their defaults"
+            )
+        return self.default
+
+
+def encoded(request: Request, url: Url) -> bytes:
+    """Its arguments, before there is a connection that they could cost. Raises CodecError, TypeError.
+
+    An untyped caller leaves optional ones to the server: those at the end are not sent, the others as the server described them.
     """
     args = request.args
-    while args and args[-1] is msgspec.UNSET:
+    while args and isinstance(args[-1], Left):
         args = args[:-1]
+    if any(isinstance(each, Left) for each in args):
+        args = tuple(each.described(request.operation) if isinstance(each, Left) else each for each in args)
     try:
         return request.method.wire("msgpack", named=False).encode_args(args)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

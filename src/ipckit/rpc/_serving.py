@@ -112,6 +112,7 @@ class Job:
                 _soon(loop, task.cancel)
 
         self.call.watchers.append(changed)
+        changed()  # it may have been cancelled on its way to the loop
 
     async def _task(self) -> None:
         try:

@@ -105,6 +105,10 @@ class _Reader:
             looser = other is not None and ((word in _LOWER and other >= limit) or (word in _UPPER and other <= limit))
             if not looser:
                 yield path, f"{word} {limit} where it was {other if other is not None else 'free'}"
+        if writes.get("contentEncoding") is not None and reads.get("contentEncoding") is None:
+            yield path, "bytes are written, text is read"
+        elif writes.get("format") == "date-time" and reads.get("format") is None:
+            yield path, "a time is written, text is read"
         if kind == "object":
             yield from self._object(reads, writes, path)
         elif kind == "array":

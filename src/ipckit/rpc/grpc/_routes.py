@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import grpc
-import msgspec
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from ... import _options, errors
@@ -21,7 +20,7 @@ from .._calling import Base
 from .._exposed import BUILT_IN
 from .._protofile import add_well_known, camel
 from .._protovalues import Converter, to_builtins
-from .._request import Request
+from .._request import Left, Request
 from ..contract import Contract, Method, Shape
 from ..protobuf import MethodSchema, schema_of
 from ._info import INFO, SCHEMA
@@ -211,7 +210,7 @@ def _dynamic(method: Method, file: bytes, description: Mapping[str, Any]) -> Met
     def encode_args(args: tuple[Any, ...]) -> Any:
         if said.get("message") is not None:
             return written(args[0])
-        return written({name: value for name, value in zip(names, args, strict=False) if value is not msgspec.UNSET})
+        return written({name: value for name, value in zip(names, args, strict=False) if not isinstance(value, Left)})
 
     def decode_result(found: Any) -> Any:
         fields = read(found)
