@@ -15,6 +15,7 @@ How the parts fit, from the ground up:
 | `failures.py` | exceptions to what travels, and back |
 | `_place.py` | a URL, or a channel in its place |
 | `_request.py` `_connection.py` `_calling.py` | one call, a client's connection, and what its two shells share |
+| `_intercepting.py` | interceptors of both sides |
 | `_proxy.py` | what stands for a contract at the client |
 | `client.py` `_short.py` `_results.py` | the client for threads: calls, their short way, streams and pushes |
 | `_aclient.py` `_aresults.py` | the client for tasks |

@@ -16,6 +16,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -23,11 +24,12 @@ from .. import errors
 from .._url import Url
 from .._wait import arun
 from ..channel import AsyncChannel, Channel
-from ._aresults import AsyncResults, AsyncSubscription
+from ._aresults import AsyncResults, AsyncSubscription, Later
 from ._calling import DESCRIBE, Base, Live
 from ._clientcore import ClientCall
 from ._connection import BROKEN
 from ._exposed import BUILT_IN
+from ._intercepting import awaited, to_be_awaited
 from ._place import native_class
 from ._proxy import P, R, Remote, make_proxy
 from ._request import CallOptions, Interceptor, Request, Subscribed, encoded
@@ -59,6 +61,7 @@ class AsyncClient(Base):
             interceptors=interceptors,
             require=require,
         )
+        self._awaited = to_be_awaited(interceptors)
         self._dialing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -101,8 +104,15 @@ class AsyncClient(Base):
         self, target: str, method: Method, args: tuple[Any, ...], named: dict[str, Any], options: CallOptions
     ) -> Any:
         request = self._request(target, method, args, named, options)
-        perform = AsyncResults if method.shape.streams_out else AsyncClient._perform
-        return self._intercepted(request, lambda: perform(self, request))
+        if not method.shape.streams_out:
+            return self._intercepted(request, partial(self._perform, request))
+        results = partial(self._results, request)
+        if not self._awaited:
+            return self._intercepted(request, results)
+        return Later(self._intercepted(request, partial(awaited, results)))
+
+    def _results(self, request: Request) -> AsyncIterator[Any]:
+        return AsyncResults(self, request)
 
     async def _perform(self, request: Request) -> Any:
         while True:

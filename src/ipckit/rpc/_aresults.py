@@ -87,6 +87,26 @@ class AsyncResults(AsyncIterator[Any]):
                 self._feeder.cancel()
 
 
+class Later(AsyncIterator[Any]):
+    """The stream that an interceptor will return when it is awaited: with the first item."""
+
+    def __init__(self, awaited: Any) -> None:
+        self._awaited = awaited
+        self._results: Any = None
+
+    async def __anext__(self) -> Any:
+        if self._results is None:
+            self._results = aiter(await self._awaited)
+        return await anext(self._results)
+
+    async def aclose(self) -> None:
+        """No longer interested."""
+        if self._results is not None:
+            await self._results.aclose()
+        else:
+            self._awaited.close()
+
+
 class AsyncSubscription(AsyncIterator[Any]):
     """Pushes of the server, until `close`. It survives a lost connection; what was pushed meanwhile is gone."""
 

@@ -24,6 +24,7 @@ from . import compat, events, failures
 from ._clientcore import ClientCall
 from ._connection import BROKEN, Connection, again
 from ._exposed import BUILT_IN
+from ._intercepting import around, checked
 from ._place import Place
 from ._request import CallOptions, Interceptor, Left, Request, Subscribed
 from ._tracing import outgoing
@@ -101,10 +102,7 @@ class Base(Endpoint):
         require: Collection[str],
     ) -> None:
         self._options = CallOptions(call_timeout, dict(check_headers(metadata)))
-        self._interceptors = tuple(interceptors)
-        for interceptor in self._interceptors:
-            if not callable(interceptor):
-                raise errors.BadOption(f"{interceptor!r} is no interceptor: it cannot be called")
+        self._interceptors = checked(interceptors)
         self._place = Place(where, require, "client")
         self._lines = _Resource()
         super().__init__(self._lines, self._place.url, self._place.capabilities)
@@ -307,9 +305,7 @@ class Base(Endpoint):
         return errors.DeadlineExceeded("no answer before the deadline", url=self.url, operation=request.operation)
 
     def _intercepted(self, request: Request, proceed: Callable[[], Any]) -> Any:
-        for interceptor in reversed(self._interceptors):
-            proceed = _Proceed(interceptor, request, proceed)
-        return proceed()
+        return around(self._interceptors, request, proceed)()
 
     # -- what is typed and what is not ---------------------------------------------------------------------------------
 
@@ -419,16 +415,6 @@ def _as_described(name: str, described: dict[str, Any]) -> Method:
     stream = "stream" if shape.streams_in else None
     options = MethodOptions(idempotent=described.get("idempotent", False))
     return Method(name, _no_function, shape, parameters, Any, stream, len(parameters), Any, None, False, options)
-
-
-class _Proceed:
-    __slots__ = ("_interceptor", "_next", "_request")
-
-    def __init__(self, interceptor: Interceptor, request: Request, next: Callable[[], Any]) -> None:
-        self._interceptor, self._request, self._next = interceptor, request, next
-
-    def __call__(self) -> Any:
-        return self._interceptor(self._request, self._next)
 
 
 class _Builtin(Service):

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 _IDLE = 5.0
+
+
+async def on_crew(crew: Crew, work: Callable[[], Any]) -> Any:
+    """What `work` comes to on a thread, in this context. Cancelling it is not to wait any more: the thread goes on."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+
+    def job() -> None:
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = context.run(work)
+        except StopIteration as stop:  # a future cannot carry it
+            error = RuntimeError(f"the handler raised {stop!r}")
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    crew.submit(job)
+    return await done
 
 
 class Crew:

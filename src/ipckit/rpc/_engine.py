@@ -28,6 +28,7 @@ from ._connection import BROKEN
 from ._crew import Crew
 from ._exposed import Exposed, Services
 from ._foreign import unfit
+from ._intercepting import to_be_awaited
 from ._limits import COUNTS, ServerOptions, ShutdownReport, statistics
 from ._reception import Complaints, Reception, farewell
 from ._servercore import Changed, ServerCall, Started
@@ -62,6 +63,7 @@ class Engine:
         self.listener = listener
         self.options = options
         self.interceptors = tuple(interceptors)
+        self.awaited = to_be_awaited(self.interceptors)
         self.tracebacks = options.tracebacks
         self.services = Services()
         self.crew = Crew(options.workers, f"ipckit-{url.scheme}-server")
@@ -339,7 +341,7 @@ class Engine:
         return len(self._connections)
 
     def _begin(self, job: Job, exposed: Exposed, elsewhere: bool) -> None:
-        if exposed.method.coroutine:
+        if exposed.method.coroutine or self.awaited:
             assert self.loop is not None
             loop = self.loop()
             if self._threads or elsewhere:
@@ -398,14 +400,15 @@ class Engine:
             if form not in bodies:
                 bodies[form] = self._pushable(form, value)
             with conn.mutex:
-                full = conn.overfull()
+                full = conn.overfull() and not conn.lost
+                dropped = full and conn.core.miss(type)
                 sent = not conn.lost and not full and conn.core.push(type, bodies[form])
             if sent:
                 reached += 1
                 self.flush(conn)
                 if not conn.blocked:
                     conn.active = time.monotonic()
-            elif full:
+            elif dropped:
                 self.counts["pushes_dropped"] += 1
         self.counts["pushes"] += reached
         return reached

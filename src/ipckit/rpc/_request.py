@@ -14,7 +14,8 @@ from ..message import check_headers
 from . import events
 from .contract import Method, Shape, decoder, unwritable
 
-#: `interceptor(request, proceed)`: look at the request, change its metadata, return what `proceed()` returns (awaitable in aio).
+#: `interceptor(request, proceed)`: look at the request, change its metadata, return what `proceed()` returns (awaitable in aio,
+#: but for streams; a coroutine function awaits `proceed()` always).
 Interceptor = Callable[["Request", Callable[[], Any]], Any]
 
 
@@ -116,6 +117,7 @@ class Subscribed:
     def offer(self, push: events.Push) -> None:
         if push.type not in self.types:
             return
+        self.lost += push.missed
         if len(self.pushes) >= self._backlog:
             self.pushes.popleft()
             self.lost += 1

@@ -106,6 +106,7 @@ class ServerCore(Core[ServerCall]):
         self._max_calls = max_calls
         self.leaving = False
         self.subscribed: set[str] = set()
+        self._missed: dict[str, int] = {}
 
     def receive(self, frame: bytes, now: float) -> list[Started | Changed | events.Discover]:
         """Raises ProtocolError; the connection is to be closed then."""
@@ -268,8 +269,14 @@ class ServerCore(Core[ServerCall]):
         """To this client, if it subscribed to the type."""
         if type not in self.subscribed:
             return False
-        self._say(events.Push(type, body))
+        self._say(events.Push(type, body, self._missed.pop(type, 0)))
         return True
+
+    def miss(self, type: str) -> bool:
+        """It did not keep up: this one is dropped, and the next that it is sent tells it. True if it subscribed to the type."""
+        if type in self.subscribed:
+            self._missed[type] = min(self._missed.get(type, 0) + 1, 0xFFFFFFFF)
+        return type in self.subscribed
 
     def say(self, event: Event) -> None:
         """An answer of the shell's own, such as `Discovered`."""

@@ -7,16 +7,20 @@ generator as a task. None of them holds a thread while its caller's window is cl
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from . import failures
+from ._crew import on_crew
 from ._exposed import Exposed
 from ._foreign import deliver
+from ._intercepting import around, awaited, settled
 from ._servercore import ServerCall
 from ._tracing import surroundings
 from .context import CallContext, overdue
@@ -47,9 +51,9 @@ class Job:
         args = self.wire.decode_args(self.call.body)
         method = self.exposed.method
         proceed: Callable[[], Any] = lambda: method.invoke(self.exposed.function, args, stream)  # noqa: E731
-        for interceptor in reversed(self.engine.interceptors):
-            proceed = _intercept(interceptor, self.context, proceed)
-        return proceed()
+        if self.engine.awaited:
+            proceed = partial(awaited, proceed) if method.coroutine else partial(on_crew, self.engine.crew, proceed)
+        return around(self.engine.interceptors, self.context, proceed)()
 
     def encoded(self, value: Any) -> bytes:
         try:
@@ -116,12 +120,17 @@ class Job:
 
     async def _task(self) -> None:
         try:
-            shape = self.exposed.method.shape
-            value = self.invoke(AsyncInputs(self) if shape.streams_in else None)
-            if shape.streams_out:
+            method = self.exposed.method
+            inputs = AsyncInputs if method.coroutine else Inputs
+            value = await settled(self.invoke(inputs(self) if method.shape.streams_in else None))
+            if not method.shape.streams_out:
+                self.succeed(value)
+            elif hasattr(value, "__aiter__"):
                 await self._stream(value)
             else:
-                self.succeed(await value)
+                production = Production(self, iter(value))
+                self.surroundings = contextvars.copy_context()  # those of this task are in use
+                self.engine.crew.submit(lambda: self.surroundings.run(production.pump))
         except asyncio.CancelledError:
             self.fail(errors.Cancelled("the handler was cancelled"))
         except BaseException as error:
@@ -172,10 +181,6 @@ class Job:
 def _soon(loop: asyncio.AbstractEventLoop, action: Callable[[], Any]) -> None:
     with suppress(RuntimeError):  # the loop is closed, and with it whoever waited
         loop.call_soon_threadsafe(action)
-
-
-def _intercept(interceptor: Callable[..., Any], context: CallContext, proceed: Callable[[], Any]) -> Callable[[], Any]:
-    return lambda: interceptor(context, proceed)
 
 
 class Production:

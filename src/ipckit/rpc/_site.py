@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextvars
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -34,8 +34,9 @@ from .._url import Url
 from . import events, failures
 from ._arrival import Arrival, Arrived
 from ._bridges import FromLoop, FromThread, OnLoop
-from ._crew import Crew
+from ._crew import Crew, on_crew
 from ._exposed import BUILT_IN, Exposed, Services
+from ._intercepting import around, awaited, checked, settled, to_be_awaited
 from ._limits import COUNTS, ServerOptions
 from ._tracing import enter
 from .context import CallContext, overdue
@@ -55,7 +56,8 @@ class Site:
     def __init__(self, url: Url, options: ServerOptions, interceptors: Sequence[Callable[..., Any]]) -> None:
         self.url = url
         self.options = options
-        self.interceptors = tuple(interceptors)
+        self.interceptors = checked(interceptors)
+        self.awaited = to_be_awaited(interceptors)
         self.crew = Crew(options.workers, f"ipckit-{url.scheme}-server")
         self.services = Services()
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -243,15 +245,20 @@ class Handling:
         if not self.site.interceptors or (exposed.target, exposed.method.name) == _GREETING:
             return exposed.method.invoke(exposed.function, args, inputs)
         proceed: Callable[[], Any] = lambda: exposed.method.invoke(exposed.function, args, inputs)  # noqa: E731
-        for interceptor in reversed(self.site.interceptors):
-            proceed = _intercept(interceptor, self.context, proceed)
-        return proceed()
+        if self.site.awaited:
+            proceed = partial(awaited if exposed.method.coroutine else self._on_crew, proceed)
+        return around(self.site.interceptors, self.context, proceed)()
+
+    @property
+    def _on_loop(self) -> bool:
+        """The handler is a coroutine, or what is around it."""
+        return self.exposed.method.coroutine or self.site.awaited
 
     # -- for a transport that has threads; it calls in a `contextvars` context of the call's own -------------------------
 
     def run(self, arguments: Arguments, inputs: Iterator[Any] | None = None) -> Any:
         """The result, on this thread or, of a coroutine, from the server's loop. `inputs`: items that the caller streams."""
-        if self.exposed.method.coroutine:
+        if self._on_loop:
             loop = self._own_loop()
             return self._on(loop, self._coroutine(arguments, self._inputs(inputs)))
         enter(self.context)
@@ -270,7 +277,7 @@ class Handling:
 
     def stream(self, arguments: Arguments, inputs: Iterator[Any] | None = None) -> Iterator[Any]:
         """The results. Closing it closes the handler's generator."""
-        if self.exposed.method.coroutine:
+        if self._on_loop:
             results = FromLoop(self._own_loop(), self._asynchronous(arguments, self._inputs(inputs)), self._started)
             try:
                 yield from results
@@ -286,9 +293,10 @@ class Handling:
             if close is not None:
                 close()
 
-    def _inputs(self, inputs: Iterator[Any] | None) -> AsyncIterator[Any] | None:
-        if inputs is None:
-            return None
+    def _inputs(self, inputs: Iterator[Any] | None) -> Any:
+        """For a coroutine; a function reads them as they are."""
+        if inputs is None or not self.exposed.method.coroutine:
+            return inputs
         self._reading = FromThread(inputs, self.site.crew.submit)
         return self._reading
 
@@ -320,36 +328,42 @@ class Handling:
 
     def arun(self, arguments: Arguments, inputs: AsyncIterator[Any] | None = None) -> Awaitable[Any]:
         """The result. The caller's task is the handler's: cancelling it is `cancel`."""
-        method = self.exposed.method
-        return self._coroutine(arguments, inputs) if method.coroutine else self._function(arguments, inputs)
+        if self._on_loop:
+            return self._coroutine(arguments, self._ainputs(inputs))
+        return self._function(arguments, inputs)
+
+    def _ainputs(self, inputs: AsyncIterator[Any] | None) -> Any:
+        """For a coroutine as they are, for a function on a thread."""
+        if inputs is None or self.exposed.method.coroutine:
+            return inputs
+        return OnLoop(inputs, asyncio.get_running_loop())
 
     async def _function(self, arguments: Arguments, inputs: AsyncIterator[Any] | None) -> Any:
         method = self.exposed.method
         if method.options.inline and inputs is None:
             return self.run(arguments)
-        loop = asyncio.get_running_loop()
-        return await self._on_crew(lambda: self.run(arguments, None if inputs is None else OnLoop(inputs, loop)))
+        readable = self._ainputs(inputs)
+        return await self._on_crew(lambda: self.run(arguments, readable))
 
     async def astream(self, arguments: Arguments, inputs: AsyncIterator[Any] | None = None) -> AsyncIterator[Any]:
         """The results. Closing it closes the handler's generator."""
-        if self.exposed.method.coroutine:
-            results: Any = self._asynchronous(arguments, inputs)
+        if self._on_loop:
+            results: Any = self._asynchronous(arguments, self._ainputs(inputs))
         else:
-            loop = asyncio.get_running_loop()
-            results = FromThread(
-                self.stream(arguments, None if inputs is None else OnLoop(inputs, loop)), self.site.crew.submit
-            )
+            results = FromThread(self.stream(arguments, self._ainputs(inputs)), self.site.crew.submit)
         async with aclosing(results):
             async for value in results:
                 yield value
 
-    async def _coroutine(self, arguments: Arguments, inputs: AsyncIterator[Any] | None) -> Any:
+    async def _coroutine(self, arguments: Arguments, inputs: Any) -> Any:
         enter(self.context)
-        return self._in_time(await self._invoke(arguments, inputs))
+        return self._in_time(await settled(self._invoke(arguments, inputs)))
 
-    async def _asynchronous(self, arguments: Arguments, inputs: AsyncIterator[Any] | None) -> AsyncIterator[Any]:
+    async def _asynchronous(self, arguments: Arguments, inputs: Any) -> AsyncIterator[Any]:
         enter(self.context)
-        results = self._invoke(arguments, inputs)
+        results = await settled(self._invoke(arguments, inputs))
+        if not hasattr(results, "__aiter__"):
+            results = FromThread(iter(results), self.site.crew.submit)
         try:
             async for value in results:
                 yield value
@@ -357,45 +371,13 @@ class Handling:
             if hasattr(results, "aclose"):
                 await results.aclose()
 
-    def _on_thread(self, work: Callable[[], None]) -> None:
-        context = contextvars.copy_context()
-        self.site.crew.submit(lambda: context.run(work))
-
     async def _on_crew(self, work: Callable[[], Any]) -> Any:
         """Nobody waits for a function whose caller is gone; it goes on by itself, and `current().cancelled` tells it."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Any] = loop.create_future()
-
-        def settle(result: Any, error: BaseException | None) -> None:
-            if done.done():
-                return
-            if error is None:
-                done.set_result(result)
-            else:
-                done.set_exception(error)
-
-        def job() -> None:
-            result: Any = None
-            error: BaseException | None = None
-            try:
-                result = work()
-            except StopIteration as stop:  # a future cannot carry it
-                error = RuntimeError(f"the handler raised {stop!r}")
-            except BaseException as raised:
-                error = raised
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(settle, result, error)
-
-        self._on_thread(job)
         try:
-            return await done
+            return await on_crew(self.site.crew, work)
         except asyncio.CancelledError:
             self.cancel("cancelled")
             raise
-
-
-def _intercept(interceptor: Callable[..., Any], context: CallContext, proceed: Callable[[], Any]) -> Callable[[], Any]:
-    return lambda: interceptor(context, proceed)
 
 
 __all__ = ["BUILT_IN", "Handling", "Site", "Subscriber"]

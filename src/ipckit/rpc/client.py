@@ -28,6 +28,7 @@ from ._calling import DESCRIBE, NO_ARGUMENTS, TARGETS, Base, Live
 from ._clientcore import ClientCall
 from ._connection import BROKEN, Waiter
 from ._exposed import BUILT_IN
+from ._intercepting import to_be_awaited
 from ._place import native_class
 from ._proxy import P, R, Remote, make_proxy
 from ._request import CallOptions, Interceptor, Request, Subscribed, encoded
@@ -58,6 +59,8 @@ class Client(Base):
         interceptors: Sequence[Interceptor] = (),
         require: Collection[str] = (),
     ) -> None:
+        if to_be_awaited(interceptors):
+            raise errors.BadOption("an interceptor is a coroutine function", hint="`ipckit.aio.client` awaits it")
         super().__init__(
             where,
             timeout=timeout,

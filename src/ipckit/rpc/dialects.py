@@ -101,7 +101,7 @@ def _decode(frame: bytes) -> Event:
     if kind == RESULT:
         return events.Result(id, body)
     if kind == PUSH:
-        return events.Push(head.decode(), body)
+        return events.Push(head.decode(), body, number)
     if kind == FAILURE:
         failure = _failure(body)
         failure.id = id
@@ -167,7 +167,7 @@ _ENCODE: dict[type, Any] = {
     events.Cancel: lambda event: _frame(CANCEL, event.id),
     events.Subscribe: lambda event: _frame(SUBSCRIBE, event.id, body=_pack(event.types)),
     events.Unsubscribe: lambda event: _frame(UNSUBSCRIBE, event.id, body=_pack(event.types)),
-    events.Push: lambda event: _frame(PUSH, head=event.type.encode(), body=event.body),
+    events.Push: lambda event: _frame(PUSH, number=event.missed, head=event.type.encode(), body=event.body),
     events.Goodbye: lambda event: _frame(GOODBYE),
     events.Heartbeat: lambda event: _frame(HEARTBEAT),
 }

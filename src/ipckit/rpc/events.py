@@ -119,10 +119,11 @@ class Unsubscribe(msgspec.Struct, gc=False):
 
 
 class Push(msgspec.Struct, gc=False):
-    """Server: a message for subscribers of its type."""
+    """Server: a message for subscribers of its type. `missed`: so many of the type were dropped before it, for want of room."""
 
     type: str
     body: bytes
+    missed: int = 0
 
 
 class Goodbye(msgspec.Struct, gc=False):

@@ -29,11 +29,13 @@ from .._wait import Gate, Lane, run
 from ..channel import AsyncChannel, Channel
 from ._engine import Engine
 from ._exposed import servable
+from ._intercepting import checked
 from ._limits import ServerOptions, ShutdownReport
 from ._place import Place, native_class
 from .contract import target_name
 
 #: `interceptor(call, proceed)`: `call` is the `CallContext`; returns what `proceed()` returns (awaitable for coroutines).
+#: It may be a coroutine function, which awaits `proceed()` whatever the handler is.
 ServerInterceptor = Callable[[Any, Callable[[], Any]], Any]
 
 
@@ -120,9 +122,7 @@ def check_server(services: Sequence[Any], interceptors: Sequence[ServerIntercept
     """Before anything is opened. Raises ConfigError, BadOption."""
     for service in services:
         servable(service)
-    for interceptor in interceptors:
-        if not callable(interceptor):
-            raise errors.BadOption(f"{interceptor!r} is no interceptor: it cannot be called")
+    checked(interceptors)
 
 
 class Server(BaseServer):

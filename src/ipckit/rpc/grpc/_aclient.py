@@ -121,10 +121,8 @@ class AsyncClient(Routes, _tasks.AsyncClient):
     async def _ask(self, method: Method, target: str, deadline: float | None = None) -> Any:
         return await self._again(self._question(method, (target,), deadline), self._attempt)
 
-    def _call(self, target: str, method: Method, args: tuple[Any, ...], named: dict[str, Any], options: Any) -> Any:
-        request = self._request(target, method, args, named, options)
-        perform = AsyncResults if method.shape.streams_out else AsyncClient._perform
-        return self._intercepted(request, lambda: perform(self, request))
+    def _results(self, request: Request) -> AsyncIterator[Any]:
+        return AsyncResults(self, request)
 
     async def _perform(self, request: Request) -> Any:
         await self._connected(request.deadline)
