@@ -76,10 +76,12 @@ def test_proto_is_what_protoc_reads(capsys):
         ("no_such_module:Shop", "cannot be imported"),
         ("other.json", "no description of a contract"),
         ("list.json", "no description of a contract"),
+        ("half.json", "missing required field `shape`"),
     ],
 )
 def test_what_is_no_contract_is_said(capsys, what, text):
     Path("other.json").write_text('{"methods": 3}')
     Path("list.json").write_text("[]")
+    Path("half.json").write_text('{"methods": {"price": {}}, "$defs": {}}')
     assert main(["contract", "check", what, "old_shop:Shop"]) == 2
     assert text in capsys.readouterr().err

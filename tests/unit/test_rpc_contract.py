@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any, Literal
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -186,6 +187,15 @@ def taking(kind: Any, result: Any = int) -> dict[str, Any]:
         (taking(Old), taking(Strict), ["f.value.b: is written, and not known"]),
         (taking(int, Needs), taking(int, Old), ["f (result).c"]),
         (taking(list[int]), taking(list[str]), ["f.value[]"]),
+        (taking(list), taking(list[int]), ["f.value[]: was anything"]),
+        (taking(tuple[int, int]), taking(list[int]), []),
+        (taking(tuple[int, str]), taking(list[int]), ["f.value[1]: string is written, integer is read"]),
+        (taking(dict), taking(dict[str, int]), ["f.value[...]: was anything"]),
+        (taking(Old), taking(dict[str, int]), ["f.value.b: string is written, integer is read"]),
+        (taking(dict[str, int]), taking(dict[str, float]), []),
+        (taking(int, str), taking(int, bytes), ["f (result): bytes are written, text is read"]),
+        (taking(int, bytes), taking(int, str), ["f (result): contentEncoding"]),
+        (taking(UUID), taking(str), []),
         (taking(Literal["a"]), taking(Literal["a", "b"]), []),
         (taking(Literal["a", "b"]), taking(Literal["a"]), ["f.value"]),
         (taking(int), taking(Iterator[int]), ["f: was unary, is client stream"]),

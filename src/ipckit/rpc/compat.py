@@ -119,22 +119,33 @@ class _Reader:
         for name in reads.get("required", ()):
             if name not in writes.get("required", ()):
                 yield f"{path}.{name}", "is required, and not always written"
-        for name in mine.keys() & theirs.keys():
+        for name in sorted(mine.keys() & theirs.keys()):
             yield from self.differences(mine[name], theirs[name], f"{path}.{name}")
-        extra = reads.get("additionalProperties", True)
+        extra, others = reads.get("additionalProperties", True), sorted(theirs.keys() - mine.keys())
         if extra is False:
-            for name in theirs.keys() - mine.keys():
+            for name in others:
                 yield f"{path}.{name}", "is written, and not known"
-        elif isinstance(extra, dict) and isinstance(writes.get("additionalProperties"), dict):
-            yield from self.differences(extra, writes["additionalProperties"], f"{path}[...]")
+        elif isinstance(extra, dict):
+            for name in others:
+                yield from self.differences(extra, theirs[name], f"{path}.{name}")
+            if "properties" not in writes:  # any keys
+                yield from self.differences(extra, _schema(writes.get("additionalProperties")), f"{path}[...]")
 
     def _array(self, reads: Any, writes: Any, path: str) -> Iterator[tuple[str, str]]:
         mine, theirs = reads.get("prefixItems", []), writes.get("prefixItems", [])
         for number, (ours, other) in enumerate(zip(mine, theirs, strict=False)):
             yield from self.differences(ours, other, f"{path}[{number}]")
-        items, written = reads.get("items"), writes.get("items")
+        items = reads.get("items")
         if isinstance(items, dict):
-            yield from self.differences(items, written if isinstance(written, dict) else {}, f"{path}[]")
+            for number, other in enumerate(theirs[len(mine) :], len(mine)):
+                yield from self.differences(items, other, f"{path}[{number}]")
+            if "prefixItems" not in writes:  # any number
+                yield from self.differences(items, _schema(writes.get("items")), f"{path}[]")
+
+
+def _schema(found: Any) -> Mapping[str, Any]:
+    """Of what is not described: anything."""
+    return found if isinstance(found, dict) else {}
 
 
 def _resolve(schema: Any, definitions: Mapping[str, Any]) -> Any:
