@@ -70,6 +70,17 @@ def test_values_survive_both_formats_and_both_forms(format: Literal["msgpack", "
     assert item.decode_args(item.encode_args(("a", True))) == ("a", True)
 
 
+def test_what_is_given_by_name_only_may_be_required_after_what_is_not() -> None:
+    class Odd(ipckit.Service):
+        def f(self, a: int, parts: Iterator[int], b: int = 2, *, c: int = 3, d: int) -> tuple[int, int, int, int]: ...
+
+    method = contract_of(Odd).methods["f"]
+    args, stream = method.bind((1, [0]), {"d": 4})
+    wire = method.wire("msgpack", named=False)
+    given = wire.decode_args(wire.encode_args(args))
+    assert method.invoke(lambda a, parts, b, *, c, d: (a, parts, b, c, d), given, stream) == (1, [0], 2, 3, 4)
+
+
 def test_a_bad_argument_is_named() -> None:
     wire = contract_of(Shop).methods["order"].wire("msgpack", named=False)
     with pytest.raises(errors.SchemaError, match=r"\$\.order\.qty: expected int, got str"):

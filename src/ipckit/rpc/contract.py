@@ -425,7 +425,9 @@ def _method(name: str, function: Callable[..., Any], *, bound: bool, options: Me
         name=name,
         function=function,
         shape=shape,
-        parameters=tuple(parameters),
+        parameters=tuple(
+            sorted(parameters, key=lambda each: not each.required)
+        ),  # keyword-only ones have no order of their own
         result=result,
         stream=stream,
         stream_index=stream_index,
