@@ -36,9 +36,11 @@ class AsyncResults(AsyncIterator[Any]):
         if self._over:
             raise StopAsyncIteration
         if self._begun is None:
-            self._over = True  # unless it begins: a stream that could not is not begun again
-            self._begun = await self._client._start(self._request)
-            self._over = False
+            try:
+                self._begun = await self._client._start(self._request)
+            except BaseException:
+                self._over = True
+                raise
             if self._request.stream is not None:
                 self._feeder = self._client._begin_to_feed(*self._begun, self._request)
         conn, call = self._begun
