@@ -188,6 +188,37 @@ def _frame(core: ClientCore, say: Callable[[], Any]) -> bytes:
     return core.outbox.pop()
 
 
+def test_a_call_that_runs_when_the_server_begins_to_leave_is_answered() -> None:
+    """It runs on the thread that received it, and is taken over from there while the server takes no new calls."""
+    service = Held()
+    for client_url in (URL, "inproc://server"):
+        server = ipckit.Server(client_url, service)
+        with ipckit.client(client_url, Held) as held:
+            results: list[Any] = []
+            caller = threading.Thread(target=lambda: results.append(held.wait()))  # noqa: B023
+            caller.start()
+            assert service.begun.wait(30)
+            stopping = threading.Thread(target=server.shutdown, args=(30,))
+            stopping.start()
+            assert eventually(lambda: server._engine._attendance.busy is False)  # noqa: B023
+            service.free.set()
+            caller.join(30)
+            stopping.join(30)
+            assert results == ["done"]
+            service.begun.clear()
+            service.free.clear()
+
+
+class Held(ipckit.Service):
+    def __init__(self) -> None:
+        self.begun, self.free = threading.Event(), threading.Event()
+
+    def wait(self) -> str:
+        self.begun.set()
+        assert self.free.wait(30)
+        return "done"
+
+
 # -- ends --------------------------------------------------------------------------------------------------------------------
 
 

@@ -111,7 +111,7 @@ class Attendance:
                     continue
                 event = conn.core.dialect.decode(frame)[0]
                 assert isinstance(event, events.Call)
-                worker.taken = conn.core.begin(event, worker.began or time.monotonic())
+                worker.taken = conn.core.adopt(event, worker.began or time.monotonic())
                 conn.attendant = None
             if worker.exposed is not None:
                 worker.exposed.overstayed()

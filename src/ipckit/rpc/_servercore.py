@@ -174,14 +174,18 @@ class ServerCore(Core[ServerCall]):
         elif (under_way := len(self.calls) + self._unanswered) >= self._max_calls:
             self._refuse(event.id, "TARGET_BUSY", f"{under_way} calls of this connection are under way")
         else:
-            held = self._envelope is not None and self._envelope.waits(event.id)
-            call = ServerCall(event, 0 if held else self._peer_window, now)
-            if call.reply:
-                self._register(call)
-            else:
-                self._count_unanswered(call)
-            return call
+            return self.adopt(event, now)
         return None
+
+    def adopt(self, event: events.Call, now: float) -> ServerCall:
+        """A call that has been let in, whatever has become of us since: its handler may be running already."""
+        held = self._envelope is not None and self._envelope.waits(event.id)
+        call = ServerCall(event, 0 if held else self._peer_window, now)
+        if call.reply:
+            self._register(call)
+        else:
+            self._count_unanswered(call)
+        return call
 
     def _say(self, event: Event) -> None:
         super()._say(event)
