@@ -105,6 +105,35 @@ def test_an_interceptor_may_be_a_coroutine_function_whatever_it_is_around(url: s
     ]
 
 
+class Less(ipckit.Service):
+    """What an older client knows of it."""
+
+    def name(self) -> str: ...
+
+
+@pytest.mark.parametrize("url", [URL, "grpc://127.0.0.1:0"])
+def test_who_is_let_in_by_an_interceptor_of_its_own_may_ask_what_there_is(url: str) -> None:
+    """Contracts are compared, and described to untyped clients, before a client's interceptors can say who it is."""
+
+    def guard(call: CallContext, proceed: Callable[[], Any]) -> Any:
+        if call.metadata.get("token") != "secret":
+            raise errors.RemoteError("no", type="Forbidden")
+        return proceed()
+
+    def sign(request: Any, proceed: Callable[[], Any]) -> Any:
+        request.metadata["token"] = "secret"
+        return proceed()
+
+    with ipckit.Server(url, Every(), interceptors=[guard]) as server:
+        with (
+            ipckit.client(server.url, Less, target="every", interceptors=[sign]) as less,
+            ipckit.client(server.url, interceptors=[sign]) as untyped,
+        ):
+            assert less.name() == untyped.call("every", "name") == "name"
+        with ipckit.client(server.url) as stranger, pytest.raises(errors.RemoteError, match="no"):
+            stranger.call("every", "name")
+
+
 def test_an_interceptor_of_a_client_on_a_loop_is_awaited() -> None:
     seen = []
 

@@ -341,7 +341,7 @@ class Engine:
         return len(self._connections)
 
     def _begin(self, job: Job, exposed: Exposed, elsewhere: bool) -> None:
-        if exposed.method.coroutine or self.awaited:
+        if exposed.method.coroutine or (self.awaited and not exposed.open):
             assert self.loop is not None
             loop = self.loop()
             if self._threads or elsewhere:

@@ -23,9 +23,14 @@ BUILT_IN = "ipckit"
 
 
 class Exposed:
-    """A method of an exposed service. `quick`: it may run on the thread that receives."""
+    """A method of an exposed service.
 
-    __slots__ = ("_short", "contract", "function", "method", "quick", "target", "trusted", "wire")
+    Attributes:
+        quick: it may run on the thread that receives.
+        open: it is what the server says about itself to whoever connects: interceptors are not asked.
+    """
+
+    __slots__ = ("_short", "contract", "function", "method", "open", "quick", "target", "trusted", "wire")
 
     def __init__(self, target: str, contract: Contract, method: Method, function: Callable[..., Any]) -> None:
         self.target = target
@@ -34,6 +39,7 @@ class Exposed:
         self.function = function
         self.wire: Wire = method.wire("msgpack", named=False)
         may = method.plain and not method.coroutine and not method.shape.streams_in and not method.shape.streams_out
+        self.open = target == BUILT_IN and not method.shape.streams_out
         self.trusted = may and method.options.inline is not False
         self.quick = self.trusted
         self._short = 0

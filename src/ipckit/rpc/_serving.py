@@ -51,6 +51,8 @@ class Job:
         args = self.wire.decode_args(self.call.body)
         method = self.exposed.method
         proceed: Callable[[], Any] = lambda: method.invoke(self.exposed.function, args, stream)  # noqa: E731
+        if self.exposed.open:
+            return proceed()
         if self.engine.awaited:
             proceed = partial(awaited, proceed) if method.coroutine else partial(on_crew, self.engine.crew, proceed)
         return around(self.engine.interceptors, self.context, proceed)()

@@ -44,8 +44,6 @@ from .context import CallContext, overdue
 _log = logging.getLogger("ipckit")
 #: Pushes that may wait for a subscriber that does not read; what comes then is dropped, and counted.
 _BACKLOG = 1000
-#: What a client asks to be connected at all. Interceptors are asked about everything else.
-_GREETING = (BUILT_IN, "targets")
 
 Arguments = Callable[[], tuple[Any, ...]]
 
@@ -242,7 +240,7 @@ class Handling:
     def _invoke(self, arguments: Arguments, inputs: Any) -> Any:
         exposed = self.exposed
         args = arguments()
-        if not self.site.interceptors or (exposed.target, exposed.method.name) == _GREETING:
+        if not self.site.interceptors or exposed.open:
             return exposed.method.invoke(exposed.function, args, inputs)
         proceed: Callable[[], Any] = lambda: exposed.method.invoke(exposed.function, args, inputs)  # noqa: E731
         if self.site.awaited:
@@ -252,7 +250,7 @@ class Handling:
     @property
     def _on_loop(self) -> bool:
         """The handler is a coroutine, or what is around it."""
-        return self.exposed.method.coroutine or self.site.awaited
+        return self.exposed.method.coroutine or (self.site.awaited and not self.exposed.open)
 
     # -- for a transport that has threads; it calls in a `contextvars` context of the call's own -------------------------
 
