@@ -98,8 +98,8 @@ def test_what_cannot_be_sent_costs_no_connection() -> None:
         for call in (client.price, long_way.price):
             with pytest.raises(errors.CodecError, match=r"shop.price unix://client: this value cannot be sent"):
                 call(object())  # type: ignore[arg-type]
-        with pytest.raises(errors.MessageTooLarge, match="metadata of 70"):
-            using(client, metadata={"a": "x" * 70_000}).price("tea")
+        with pytest.raises(errors.MessageTooLarge, match="metadata of 80"):
+            using(client, metadata={"a": "x" * 40_000, "b": "x" * 40_000}).price("tea")
         assert long_way.price("tea") == 3
         assert server.stats()["connections_accepted"] == 1
 
