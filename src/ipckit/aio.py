@@ -31,8 +31,9 @@ from .rpc._aserver import aserve as serve
 from .rpc.contract import Service
 
 if TYPE_CHECKING:
+    from .sync.crowd_tasks import Barrier, BoundedSemaphore, Condition, Event, RWLock, Semaphore
+    from .sync.lock_tasks import Lock, RLock
     from .sync.memory_tasks import Latest, Segment
-    from .sync.tasks import Barrier, BoundedSemaphore, Condition, Event, Lock, RLock, RWLock, Semaphore
 
 __all__ = [
     "Barrier",
@@ -70,9 +71,8 @@ __all__ = [
 
 #: What is imported when it is first asked for, and from where.
 _LATER = {
-    **dict.fromkeys(
-        ("Barrier", "BoundedSemaphore", "Condition", "Event", "Lock", "RLock", "RWLock", "Semaphore"), ".sync.tasks"
-    ),
+    **dict.fromkeys(("Lock", "RLock"), ".sync.lock_tasks"),
+    **dict.fromkeys(("Barrier", "BoundedSemaphore", "Condition", "Event", "RWLock", "Semaphore"), ".sync.crowd_tasks"),
     **dict.fromkeys(("Latest", "Segment"), ".sync.memory_tasks"),
 }
 

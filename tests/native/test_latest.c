@@ -213,7 +213,8 @@ static void litmus_store_buffering(void)
     for (uint64_t n = 1; n <= ROUNDS; n++) {
         meet(&s, 1, n * 2 - 1);
         dawdle(n * 2654435761 >> 16);
-        bool sleeps = latest_announce(&s.v, n - 1);
+        uint32_t word;
+        bool sleeps = latest_announce(&s.v, n - 1, &word);
         meet(&s, 1, n * 2);
         /* Whoever would sleep was seen, and woken: the announcement is gone. */
         bool pending = atomic_load(&s.v.at->waiting) != 0;
@@ -265,6 +266,7 @@ static void nobody_sleeps_through(void)
     CHECK(now_ns() - began < INT64_C(60000000000));
     CHECK(latest_sleep(&l.there, 2000, now_ns()) == ETIMEDOUT);
     CHECK(latest_sleep(&l.there, 1999, now_ns()) == 0);
+    CHECK(latest_sleep(&l.there, 9000, now_ns() + 1000000) == ETIMEDOUT); /* far away: asleep until then, not spinning */
     unmade(&l.there);
     unmade(&l.back);
 }
@@ -284,7 +286,8 @@ static void killed_at(int step, uint64_t before)
     struct latest_view view = made(64);
     for (uint64_t n = 1; n <= before; n++)
         write_number(&view, n);
-    CHECK(latest_announce(&view, before)); /* or it would not come by all steps */
+    uint32_t word;
+    CHECK(latest_announce(&view, before, &word)); /* or it would not come by all steps */
     pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0) {

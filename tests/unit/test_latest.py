@@ -242,6 +242,8 @@ def test_wait():
         with pytest.raises(errors.Timeout, match=r"no newer value within 0\.01 s"):
             reader.wait(0.01)
         assert reader.wait(newer_than=0) == b"1"
+        with pytest.raises(ValueError, match="newer_than"):
+            reader.wait(newer_than=-1)
         timer = threading.Timer(0.02, writer.write, (b"2",))
         timer.start()
         assert reader.wait() == b"2"

@@ -204,7 +204,7 @@ def test_what_is_told(lock, place):
     with pytest.raises(errors.Closed):
         first.acquire()
     with pytest.raises(ValueError):
-        second.acquire(timeout=-1)
+        second.acquire(timeout=float("nan"))
 
 
 def test_what_is_wrong_is_refused(place, broker):
@@ -305,6 +305,32 @@ def test_closing_wakes_who_waits(lock):
         waiter.close()
         with pytest.raises(errors.Closed):
             waiting.token()
+
+
+def test_closing_one_that_is_held_gives_it_back(lock, place):
+    mine = lock()
+    mine.acquire()
+    waiting = Waiting(mine)  # for its turn in this object
+    mine.close()
+    with pytest.raises(errors.Closed):
+        waiting.token()
+    with pytest.raises(errors.Closed):
+        mine.acquire()
+    with pytest.raises(errors.NotOwner):
+        mine.release()
+
+    async def main():
+        ours = aio.Lock(place())
+        await ours.acquire()
+        turn = asyncio.create_task(ours.acquire())
+        await asyncio.sleep(0)
+        await ours.close()
+        for each in (turn, ours.acquire()):
+            with pytest.raises(errors.Closed):
+                await each
+
+    run(main())
+    assert lock().acquire(timeout=LONG)
 
 
 def test_one_loop_after_the_other(place):

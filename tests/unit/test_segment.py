@@ -72,6 +72,8 @@ def test_modes():
         (("shm://a/b", 1), errors.BadUrl),
         (("shm://a?b=1", 1), errors.BadOption),
         ((URL, 1 << 50), errors.ResourceLimit),
+        ((None, 1 << 50), errors.ResourceLimit),
+        ((URL, 1.5), errors.BadOption),
     ],
 )
 def test_what_is_refused(there, arguments, error):
@@ -184,10 +186,16 @@ def test_closed():
     segment.close()
     with pytest.raises(BufferError):
         memoryview(segment)
-    with pytest.raises(errors.Unsupported):
-        segment.resize(20)
+    for use in (lambda: segment.resize(20), lambda: segment.buf):
+        with pytest.raises(errors.Closed):
+            use()
+    assert segment.closed
     assert not segment.stale
     segment.unlink()
+    unopened = aio.Segment(URL, 10)
+    for use in (lambda: unopened.size, lambda: unopened.generation, lambda: unopened.buf):
+        with pytest.raises(errors.Closed, match=URL):
+            use()
 
 
 # -- the last one out ---------------------------------------------------------------------------------------------------

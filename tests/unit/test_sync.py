@@ -271,7 +271,7 @@ def test_named_objects_are_private_files(kind, runtime_dir):
 
 def test_one_name_one_kind():
     _lock = Lock("shm://thing")
-    with pytest.raises(errors.ProtocolError, match="another kind"):
+    with pytest.raises(errors.ProtocolError, match="it is a Lock"):
         Semaphore(url="shm://thing")
 
 
@@ -521,6 +521,17 @@ def test_barriers():
     barrier.reset()
     assert waiting.join() == [errors.BrokenBarrier]
     assert not barrier.broken
+
+
+def test_a_party_that_comes_and_does_not_wait_breaks_the_barrier():
+    for patience in (0, -1):
+        barrier = Barrier(2)
+        waiting = Threads(barrier.wait)
+        until(lambda barrier=barrier: barrier.n_waiting == 1)
+        assert outcome(lambda barrier=barrier: Barrier.wait(barrier, 0)) == 1  # the last need not wait
+        waiting.join()
+        assert outcome(lambda barrier=barrier, patience=patience: barrier.wait(patience)) is errors.BrokenBarrier
+        assert barrier.broken
 
 
 def test_an_action_that_fails_breaks_the_barrier():

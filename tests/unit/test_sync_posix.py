@@ -69,7 +69,9 @@ def test_what_it_cannot_be_is_refused(url):
     with pytest.raises(ValueError):
         Semaphore(-1, url)
     with pytest.raises(ValueError):
-        Semaphore(1, url).acquire(timeout=-1)
+        Semaphore(1, url).acquire(timeout=float("nan"))
+    assert Semaphore(1, url).acquire(timeout=-1)
+    assert not Semaphore(1, url).acquire(timeout=-1)
     with pytest.raises(ValueError):
         Semaphore(1, url).release(0)
 

@@ -25,7 +25,7 @@ const char *sync_check(const struct sync_object *o, uint64_t bytes, uint32_t kin
 enum verdict crowd_enter(struct sync_object *o, enum role role, struct attempt *attempt, struct naps *naps);
 /* After WAIT: DONE if we were let in at the last moment, else OUT. */
 enum verdict crowd_give_up(struct sync_object *o, enum role role, struct attempt *attempt, struct naps *naps);
-/* Leave: the slot, or (-1) any that this thread is in with this role. `abandon`: a writer leaves it abandoned. */
+/* Leave: the slot, or (-1) any that this thread is in with this role. `abandon`: who repairs an RWLock leaves it abandoned. */
 enum verdict crowd_leave(struct sync_object *o, enum role role, int32_t slot, bool abandon, struct attempt *attempt,
                          struct naps *naps);
 

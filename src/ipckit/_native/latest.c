@@ -146,7 +146,7 @@ bool latest_copy(const struct latest_view *view, uint64_t number, void *out, uin
 
 /* -- waiting -------------------------------------------------------------------------------------------------------- */
 
-bool latest_announce(const struct latest_view *view, uint64_t seen)
+bool latest_announce(const struct latest_view *view, uint64_t seen, uint32_t *word)
 {
     uint64_t wanted = seen + 1;
     uint64_t waiting = atomic_load_explicit(&view->at->waiting, memory_order_seq_cst);
@@ -155,7 +155,9 @@ bool latest_announce(const struct latest_view *view, uint64_t seen)
                                                                       memory_order_seq_cst))
         ;
     /* SYNC POINT: waits or is published */
-    return atomic_load_explicit(&view->at->current, memory_order_seq_cst) <= seen;
+    uint64_t number = atomic_load_explicit(&view->at->current, memory_order_seq_cst);
+    *word = (uint32_t)number; /* not of `seen`: who waits for a number that is still far away sleeps from each to the next */
+    return number <= seen;
 }
 
 _Atomic uint32_t *latest_word(const struct latest_view *view)
@@ -170,13 +172,14 @@ int latest_sleep(const struct latest_view *view, uint64_t seen, int64_t deadline
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     int64_t start = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-    if (!latest_announce(view, seen))
+    uint32_t word;
+    if (!latest_announce(view, seen, &word))
         return 0;
     if (start >= deadline)
         return ETIMEDOUT;
     int64_t until = deadline - start > SLEEP_NS ? start + SLEEP_NS : deadline;
     struct timespec limit = {until / 1000000000, until % 1000000000};
-    if (syscall(SYS_futex, latest_word(view), FUTEX_WAIT_BITSET, (uint32_t)seen, &limit, NULL, FUTEX_BITSET_MATCH_ANY) == 0 ||
+    if (syscall(SYS_futex, latest_word(view), FUTEX_WAIT_BITSET, word, &limit, NULL, FUTEX_BITSET_MATCH_ANY) == 0 ||
         errno == EAGAIN)
         return 0;
     return errno == ETIMEDOUT && until == deadline ? ETIMEDOUT : EINTR;

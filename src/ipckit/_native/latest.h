@@ -37,8 +37,8 @@ bool latest_newest(const struct latest_view *view, uint64_t *number, uint64_t *l
 /* Copy the value of this number and length. False: it was overtaken; begin anew with latest_newest. */
 bool latest_copy(const struct latest_view *view, uint64_t number, void *out, uint64_t length);
 
-/* Say that a number above `seen` is waited for. False: it is there. True: sleep on latest_word() while it is (uint32_t)seen. */
-bool latest_announce(const struct latest_view *view, uint64_t seen);
+/* Say that a number above `seen` is waited for. False: it is there. True: sleep on latest_word() while it is `*word`. */
+bool latest_announce(const struct latest_view *view, uint64_t seen, uint32_t *word);
 _Atomic uint32_t *latest_word(const struct latest_view *view);
 /* Sleep while no number is above `seen`, until `deadline` (CLOCK_MONOTONIC, ns): ETIMEDOUT; 0: there may be; EINTR: a signal, or a second. */
 int latest_sleep(const struct latest_view *view, uint64_t seen, int64_t deadline);

@@ -199,10 +199,12 @@ static int sleep_on(struct naps *naps, int64_t until, _Atomic uint32_t *control)
         if (atomic_load_explicit(naps->at[i].word, memory_order_acquire) != naps->at[i].seen)
             return 0;
     int64_t soon = clock_ns() + 10000000;
+    if (soon > until)
+        soon = until;
     limit = (struct timespec){soon / 1000000000, soon % 1000000000};
-    return syscall(SYS_futex, naps->at[0].word, FUTEX_WAIT_BITSET, naps->at[0].seen, &limit, NULL, FUTEX_BITSET_MATCH_ANY) < 0
-               ? errno
-               : 0;
+    if (syscall(SYS_futex, naps->at[0].word, FUTEX_WAIT_BITSET, naps->at[0].seen, &limit, NULL, FUTEX_BITSET_MATCH_ANY) >= 0)
+        return 0;
+    return errno == ETIMEDOUT && soon < until ? EINTR : errno; /* its patience is not over, only this sleep */
 }
 
 int nap(struct self *me, struct naps *naps, int64_t deadline, _Atomic uint32_t *control)

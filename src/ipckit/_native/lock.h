@@ -64,6 +64,7 @@ struct attempt {
     int64_t since;      /* when we began to */
     int32_t slot;       /* in a crowd: index + 1 */
     bool at_monitor;    /* a crowd's: it slept for the monitor */
+    bool looked;        /* Event: `seen` is known */
     uint32_t seen;      /* Event: how often it had been set; Barrier: how many were there before */
     struct mutex *lock; /* of a listener: DIED when this is abandoned; NULL: it does not care */
 };

@@ -214,7 +214,8 @@ static PyObject *polled(Attempt *self)
         Py_RETURN_NONE;
     if (self->verdict == DONE || self->verdict == INHERITED)
         return PyLong_FromLong(self->verdict);
-    return sync_fail(self->sync, self->verdict, "acquire");
+    bool waits = self->role == ROLE_PARTY || self->role == ROLE_LISTENER || self->role < 0;
+    return sync_fail(self->sync, self->verdict, waits ? "wait" : "acquire");
 }
 
 static PyObject *attempt_arm(PyObject *object, PyObject *fd)

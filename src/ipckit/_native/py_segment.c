@@ -360,7 +360,8 @@ static PyObject *latest_watch(PyObject *object, PyObject *args)
     int bell;
     if (!PyArg_ParseTuple(args, "Ki:_watch", &seen, &bell) || latest_ready(self) < 0)
         return NULL;
-    if (!latest_announce(&self->view, seen))
+    uint32_t word;
+    if (!latest_announce(&self->view, seen, &word))
         Py_RETURN_NONE;
     if (!self_here()) {
         PyErr_SetString(PyExc_NotImplementedError, "event loops wait with the help of robust futexes, which are not to be had here");
@@ -370,7 +371,7 @@ static PyObject *latest_watch(PyObject *object, PyObject *args)
     Watch *watch = (Watch *)allocate((PyTypeObject *)watch_type, 0);
     if (!watch)
         return NULL;
-    struct naps naps = {.count = 1, .at[0] = {.word = latest_word(&self->view), .seen = (uint32_t)seen}, .at_most = 1000000000};
+    struct naps naps = {.count = 1, .at[0] = {.word = latest_word(&self->view), .seen = word}, .at_most = 1000000000};
     watch->forks = fork_generation;
     watch->latest = (Latest *)Py_NewRef(object);
     self->inside++; /* the memory stays while the sleeper may look at it */

@@ -1,4 +1,4 @@
-/* py_sync.h — what the Python types over lock.c and crowd.c share: the mapping, the blocking driver, giving up.
+/* py_sync.h — what the Python types over lock.h and crowd.h share: the mapping, the blocking driver, giving up.
  *
  * A `Mutex` is Lock and RLock; a `Crowd` everything else; an `Attempt` one way in for a task of an event loop, which must not sleep:
  * it tries, and has a thread of the core sleep for it. */
@@ -8,22 +8,26 @@
 #include "module.h"
 
 #include <structmember.h>
+#include <sys/types.h>
 
 #include "crowd.h"
 
-/* A sleeper may look at the words once more when nobody waits for it: the memory stays until the last is done with it. */
+/* One object in this process's memory. It stays until the last user is done with it: Python objects, sleepers, and the threads that
+ * own a word in it. See py_mapping.c. */
 struct mapping {
-    _Atomic unsigned users;
+    unsigned users;
     struct sync_object *o;
     size_t size;
+    dev_t device;
+    ino_t inode;
+    bool stays; /* a user more: it was held when a Python object of it went, the last perhaps */
+    int kept;   /* that one's descriptor, for the flock; -1 */
+    struct mapping *next;
 };
-static inline struct mapping *mapping_keep(struct mapping *map)
-{
-    if (map)
-        atomic_fetch_add_explicit(&map->users, 1, memory_order_relaxed);
-    return map;
-}
+struct mapping *mapping_of(int fd, const char **wrong); /* NULL with `wrong`, or errno, set */
+struct mapping *mapping_keep(struct mapping *map);
 void mapping_drop(struct mapping *map);
+void mapping_part(struct mapping *map, int fd); /* of a Python object: drops it and closes the descriptor, unless it is held */
 
 typedef struct {
     PyObject_HEAD
@@ -66,6 +70,7 @@ struct mutex *mutex_to_watch(PyObject *lock, bool *wrong);
 struct sleeper;
 struct sleeper *sleeper_watch(const struct naps *naps, int bell, struct mapping *first, struct mapping *second);
 void sleeper_dismiss(struct sleeper *sleeper, unsigned forks);
+int add_mutex_type(PyObject *module);
 int add_crowd_type(PyObject *module);
 int add_attempt_type(PyObject *module);
 int add_sync_types(PyObject *module);

@@ -3,7 +3,7 @@
  *   offset 0      header     magic, version, kind, size, parameters                               (native byte order: one machine)
  *   offset 64     mutex      Lock, RLock, and the lock of a Condition that brings its own
  *   offset 128    monitor    the mutex that guards everything behind it, held for some instructions only
- *   offset 192    crowd      what is counted: units, parties, generations
+ *   offset 192    crowd      what is counted: units, parties, sets
  *   offset 256    witness    a robust word that the mutex's owner owns as well, where a Condition uses the mutex (lock.h)
  *   offset 320    slots      one for everybody who is inside or waits; none where the kind needs none
  *
@@ -66,9 +66,9 @@ struct mutex {
 struct slot {
     struct robust_word own; /* own.more: the gate, NOBODY while its owner waits, else what it was told (enum gate) */
     _Atomic uint32_t role;
-    _Atomic uint32_t generation;
+    uint32_t unused;
     _Atomic uint64_t order; /* of arrival */
-    uint64_t unused;
+    uint64_t unused2;
 };
 
 /* What a gate says. None has a bit of OWNER_MASK: see nap.forward in lock.h. */
@@ -80,7 +80,7 @@ struct crowd {
     _Atomic uint32_t flags;   /* enum crowd_flags */
     _Atomic uint32_t value;   /* Semaphore: units that are free (not where they are leased: there the slots are counted) */
     _Atomic uint32_t limit;   /* BoundedSemaphore, leased: units; Barrier: parties */
-    _Atomic uint32_t turn;    /* Barrier: generation; Event: how often it was set */
+    _Atomic uint32_t turn;    /* Event: how often it was set */
     _Atomic uint32_t high;    /* no slot from this one on was ever used */
     _Atomic uint32_t running; /* Barrier: the slot + 1 of the party that runs the action */
     _Atomic uint64_t arrivals;
@@ -95,7 +95,10 @@ struct sync_header {
     uint32_t kind;
     uint64_t size;  /* bytes of all of it */
     uint32_t slots; /* how many there are */
-    uint32_t unused[9];
+    uint32_t unused;
+    uint64_t id;            /* random: no other object has it */
+    uint64_t pid_namespace; /* inode of the one whose thread ids the words hold; 0: not known. See sync/_home.py */
+    uint64_t unused2[2];
 };
 
 struct sync_object {
@@ -117,7 +120,7 @@ static_assert(ATOMIC_INT_LOCK_FREE == 2 && ATOMIC_LLONG_LOCK_FREE == 2, "words n
 static_assert(offsetof(struct robust_word, previous) == 24 && offsetof(struct robust_word, next) == 32, "layout");
 static_assert(sizeof(struct robust_word) == 40, "layout");
 static_assert(sizeof(struct mutex) == 64 && sizeof(struct slot) == 64 && sizeof(struct crowd) == 64, "layout");
-static_assert(sizeof(struct sync_header) == 64, "layout");
+static_assert(sizeof(struct sync_header) == 64 && offsetof(struct sync_header, id) == 32, "layout");
 static_assert(offsetof(struct sync_object, mutex) == 64 && offsetof(struct sync_object, monitor) == 128, "layout");
 static_assert(offsetof(struct sync_object, crowd) == 192 && offsetof(struct sync_object, witness) == 256, "layout");
 static_assert(offsetof(struct sync_object, slots) == 320, "layout");

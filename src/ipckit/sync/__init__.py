@@ -9,7 +9,8 @@ somebody repairs what it guards (`with lock.recover():`). `ipckit.aio` has the s
     ipckit._native   the robust mutex (lock.h) and all that is built over slots (crowd.h)
     _home.py         where they live: a file in memory by name, or a memfd without; how they reach children
     _verdict.py      what the native core decides, as exceptions
-    tasks.py         the same for tasks of an event loop
+    lock_tasks.py    how tasks of an event loop wait; Lock and RLock for them
+    crowd_tasks.py   the others for them
 
 And memory that goes with the last who uses it: `Segment` (bytes by name, growing) and `Latest` (the newest value, never torn).
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ HEADER = 4096
 _PAGE = struct.Struct("=8sIIQQ16sQQ")
 _MAGIC = b"ipcsegm\0"
 _VERSION = 1
+_LEFT = re.compile(rb"^(?:MemAvailable|SwapFree): +(\d+) kB", re.MULTILINE)
 _TMPFILE_UNKNOWN = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 
 
@@ -70,6 +72,14 @@ def mapped_errors(url: Url | None, operation: str) -> Iterator[None]:
         if isinstance(error, errors.IpcError):
             raise
         raise map_oserror(error, url or "anonymous", operation) from error
+
+
+def check_memory(size: int) -> None:
+    """Before memory is taken that no file system limits: the kernel would kill some process for it. Raises OSError."""
+    with open("/proc/meminfo", "rb") as file:
+        left = sum(int(kib) << 10 for kib in _LEFT.findall(file.read()))
+    if size > left:
+        raise OSError(errno.ENOMEM, f"{size} bytes are more than the memory that is free")
 
 
 def open_file(url: object, path: Path, flags: int = 0) -> int | None:

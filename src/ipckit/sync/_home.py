@@ -5,7 +5,7 @@
     Lock()                     a memfd: inherited by fork, passed to children as a descriptor; gone with the last process
 
 A file appears whole: it is written without a name (O_TMPFILE) and then linked, so whoever is killed over it leaves nothing,
-and of two makers one wins. Everybody who has it open holds a shared flock on it, which the kernel gives back: so
+and of two makers one wins. Everybody who has it open holds a shared flock on it (`_namespace`), which the kernel gives back: so
 `ipckit gc` knows what nobody uses.
 """
 
@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import stat
+import struct
 from multiprocessing import context, reduction
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,21 @@ from .._url import Url, parse
 from ..transports._oserror import map_oserror
 from ..transports._owner import fresh_name
 from ..transports._runtime import memory_dir
+from . import _namespace
 
 LOCK, RLOCK, SEMAPHORE, BOUNDED, LEASED, RWLOCK, CONDITION, EVENT, BARRIER = range(1, 10)  # sync_layout.h
+KINDS = (
+    "Lock",
+    "RLock",
+    "Semaphore",
+    "BoundedSemaphore",
+    "leased Semaphore",
+    "RWLock",
+    "Condition",
+    "Event",
+    "Barrier",
+)
+HEADER = struct.Struct("=8sII")  # magic, version, kind: sync_layout.h
 SCHEME = "shm"
 SUFFIX = ".sync"
 
@@ -43,6 +57,11 @@ def name_of(url: str | Url | None) -> Url | None:
     if parsed.options:
         raise errors.BadOption(f"there is no option {parsed.options[0][0]!r} here", url=parsed)
     return parsed
+
+
+def check_on_owner_died(what: str, url: Url | None) -> None:
+    if what not in ("raise", "take"):
+        raise errors.BadOption(f"on_owner_died is 'raise' or 'take', not {what!r}", url=url)
 
 
 def path_of(url: Url) -> Path:
@@ -84,7 +103,7 @@ def _named(url: Url, path: Path, kind: int, value: int, limit: int) -> int:
             raise
         with _closed_on_error(fd):
             _check(url, path, fd)
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            _namespace.join(url, fd)
             if os.fstat(fd).st_nlink:
                 return fd
         os.close(fd)  # removed between the two steps: there is, or will be, a new one
@@ -116,6 +135,7 @@ def _make(path: Path, kind: int, value: int, limit: int) -> int | None:
         try:
             os.fchmod(fd, 0o600)
             _native.sync_format(fd, kind, value, limit)
+            _namespace.sign(fd)
             fcntl.flock(fd, fcntl.LOCK_SH)
             # With a src_dir_fd, though the path is absolute, because only then does os.link follow the link in /proc.
             os.link(temporary or f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
@@ -150,10 +170,24 @@ def build(make: Any, fd: int, url: Url | None) -> Any:
     try:
         return make(fd)
     except BaseException as error:
-        os.close(fd)
-        if isinstance(error, ValueError) and not isinstance(error, errors.IpcError):
-            raise errors.ProtocolError(f"what is there cannot be used: {error}", url=url, operation="open") from None
+        with contextlib.closing(os.fdopen(fd, "rb", buffering=0)):
+            if isinstance(error, ValueError) and not isinstance(error, errors.IpcError):
+                kind = kind_of(fd)
+                there = f"it is a {KINDS[kind - 1]}" if kind and str(error) == "of another kind" else str(error)
+                raise errors.ProtocolError(
+                    f"what is there cannot be used: {there}", url=url, operation="open"
+                ) from None
         raise
+
+
+def kind_of(fd: int) -> int:
+    """0: it is none of ours."""
+    head = os.pread(fd, HEADER.size, 0)
+    if len(head) == HEADER.size:
+        magic, _, kind = HEADER.unpack(head)
+        if magic == b"ipcsync\0" and 0 < kind <= len(KINDS):
+            return int(kind)
+    return 0
 
 
 # -- to children ------------------------------------------------------------------------------------------------------

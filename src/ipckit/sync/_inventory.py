@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import stat
-import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,21 +28,8 @@ from ._verdict import LISTENER, PARTY, READ, UNIT, WRITE
 from .latest import _map
 
 Key = tuple[int, int]  # device and inode
-_KINDS = (
-    "",
-    "Lock",
-    "RLock",
-    "Semaphore",
-    "BoundedSemaphore",
-    "Semaphore, leased",
-    "RWLock",
-    "Condition",
-    "Event",
-    "Barrier",
-)
 _ROLES = {UNIT: "unit", READ: "reads", WRITE: "writes", PARTY: "waits", LISTENER: "listens"}
 _ABANDONED = 0x4000_0000
-_HEADER = struct.Struct("=8sII")  # magic, version, kind: sync_layout.h
 _MUTEX_AT = 64
 _WAIT = re.compile(r"([1-9]\d{0,9})(?:\.new)?")  # what _deadlock names its notes: thread ids
 _FUTEX = {"x86_64": 202}.get(platform.machine(), 98)  # the number of the system call
@@ -130,12 +116,10 @@ def litter(directory: Path, *, with_abandoned: bool = False) -> Iterator[Litter]
 
 def _kind_of(fd: int) -> int:
     """Raises ValueError: it is none of ours."""
-    head = os.pread(fd, _HEADER.size, 0)
-    if len(head) == _HEADER.size:
-        magic, _, kind = _HEADER.unpack(head)
-        if magic == b"ipcsync\0" and 0 < kind < len(_KINDS):
-            return int(kind)
-    raise ValueError("this is no synchronisation object")
+    kind = _home.kind_of(fd)
+    if not kind:
+        raise ValueError("this is no synchronisation object")
+    return kind
 
 
 def _open_object(path: Path) -> int:
@@ -173,7 +157,7 @@ def _look_at_object(path: Path, who: dict[Key, set[int]]) -> Thing:
     return Thing(
         f"shm://{path.name.removesuffix(_home.SUFFIX)}",
         str(path),
-        _KINDS[kind],
+        _home.KINDS[kind - 1],
         found.st_size,
         state,
         holders,

@@ -47,10 +47,10 @@ def semaphore(url: str | Url | None) -> Any:
     return import_module(module, __package__)
 
 
-def lock(url: str | Url | None, *, tasks: bool = False) -> Any:
+def lock(url: str | Url | None, on_owner_died: str, *, tasks: bool = False) -> Any:
     """The class of locks that brokers keep, for threads or for tasks; None: we keep this one.
 
-    Raises: UnknownScheme, Unsupported.
+    Raises: UnknownScheme, Unsupported, BadOption.
     """
     if _is_here(url):
         return None
@@ -60,6 +60,7 @@ def lock(url: str | Url | None, *, tasks: bool = False) -> Any:
         raise errors.Unsupported(
             "this transport keeps no locks", url=where, hint="`ipckit.capabilities(url).locks` says which do"
         )
+    _home.check_on_owner_died(on_owner_died, where)  # whichever: a broker grants what a dead holder had
     if tasks:
         from .leasedtasks import AsyncLeasedLock
 

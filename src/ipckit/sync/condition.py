@@ -42,6 +42,8 @@ class Condition(_native.Crowd):
     release: Callable[[], None]
 
     def __new__(cls, lock: Lock | RLock | None = None, url: str | Url | None = None) -> Self:
+        if lock is not None and not isinstance(lock, (Lock, RLock)):
+            raise TypeError(f"lock= is a Lock or RLock of ipckit.sync in shared memory, not {type(lock).__name__}")
         name = _home.name_of(url)
         return cls._from_fd(_home.opened(name, _home.CONDITION), name, lock)
 

@@ -201,7 +201,7 @@ class Latest(_native.Latest, Generic[T]):
 
         Values that came in between are passed over. Ctrl-C ends the wait.
         """
-        if not self._await(self._seen if newer_than is None else newer_than, timeout):
+        if not self._await(above(self._seen, newer_than), timeout):
             raise no_news(self.url, timeout)
         return cast("T", self.read())
 
@@ -222,6 +222,7 @@ class Latest(_native.Latest, Generic[T]):
 
     def writer(self) -> int | None:
         """The process that may write now: whoever wrote first and has not ended. None: the next to write."""
+        self._number()  # raises Closed
         fd = os.open(f"/proc/self/fd/{self._tenant.lock}", os.O_RDWR | os.O_CLOEXEC)
         try:
             return self._writer() if _tenancy.record_is_held(fd, _tenancy.WRITER) else None
@@ -281,6 +282,15 @@ def opening(url: Url, of: Any, size: int | str | None) -> Steps[Latest[Any]]:
     self: Latest[Any] = yield from cls._opening(url, shape)
     self._of, self._size = of, size
     return self
+
+
+def above(seen: int, newer_than: int | None) -> int:
+    """What the awaited number has to be larger than."""
+    if newer_than is None:
+        return seen
+    if not 0 <= newer_than < 2**64:
+        raise ValueError("newer_than is the number of a value, or 0")
+    return newer_than
 
 
 def no_news(url: Url, timeout: float | None) -> errors.Timeout:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import sys
 import threading
@@ -187,10 +188,7 @@ class LeasedLock(Leased):
 
         Raises: NothingListening without a broker; Deadlock where this thread holds it and would wait for ever.
         """
-        if timeout is not None and not timeout >= 0:
-            raise no_timeout()
-        wait = block and timeout != 0
-        timeout = timeout if wait else 0
+        wait, timeout = patience_of(block, timeout)
         if wait and timeout is None and self._thread == threading.get_ident():
             raise errors.Deadlock("this thread holds it, and would wait for itself", url=self.url, operation="acquire")
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -220,10 +218,15 @@ class LeasedLock(Leased):
             run(holding.release(), self._desk.lane, patience)
         finally:
             self._lease.ended()
-            self._thread = 0
-            if self._stir is not None:
-                self._stir.set()
-                self._stir = None
+            self._stand_up()
+
+    def _stand_up(self) -> None:
+        """Whoever had it has it no more: the next of our threads may ask for it."""
+        thread, self._thread = self._thread, 0
+        stir, self._stir = self._stir, None
+        if stir is not None:
+            stir.set()
+        if thread:
             self._seat.release()
 
     def renew(self, timeout: float | None = None) -> bool:
@@ -244,8 +247,7 @@ class LeasedLock(Leased):
         # Who holds it waits at the broker for a renewal at most; who waits for the lock is woken by this.
         with self._desk.lane.mutex if self._lease.id is not None else contextlib.nullcontext():
             self._close()
-        if self._stir is not None:
-            self._stir.set()
+        self._stand_up()
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -276,6 +278,14 @@ class LeasedLock(Leased):
             log.debug("%s: not renewed yet: %s", self.url, error)
         if lease.id is not None and lease.lost:
             log.warning("%s: the lease (token %s) is lost", self.url, lease.token)
+
+
+def patience_of(block: bool, timeout: float | None) -> tuple[bool, float | None]:
+    """Whether to wait, and for how many seconds. As multiprocessing has it: a negative timeout is 0."""
+    if timeout is not None and math.isnan(timeout):
+        raise no_timeout()
+    wait = block and (timeout is None or timeout > 0)
+    return wait, timeout if wait else 0
 
 
 def left_for_broker(deadline: float | None, wait: bool, opening: bool) -> float | None:

@@ -14,9 +14,9 @@ from typing import Self
 
 from .. import errors
 from .._leasing import Holder
-from .._wait import arun, no_timeout
+from .._wait import arun
 from ._lease import clock
-from .leased import Leased, also, left_for_broker, log
+from .leased import Leased, also, left_for_broker, log, patience_of
 
 
 class AsyncLeasedLock(Leased):
@@ -25,6 +25,7 @@ class AsyncLeasedLock(Leased):
     def _fresh(self) -> None:
         super()._fresh()
         self._seat = asyncio.Lock()
+        self._seated = False  # by a hold
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -42,10 +43,8 @@ class AsyncLeasedLock(Leased):
 
     async def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """As `LeasedLock.acquire`."""
-        if timeout is not None and not timeout >= 0:
-            raise no_timeout()
+        wait, timeout = patience_of(block, timeout)
         self._here()
-        wait = block and timeout != 0
         if not wait and self._seat.locked():
             return False
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -61,6 +60,7 @@ class AsyncLeasedLock(Leased):
         finally:
             if not got:
                 self._seat.release()
+        self._seated = got
         if got and self._options.renew:
             self._renew_later()
         return got
@@ -73,6 +73,11 @@ class AsyncLeasedLock(Leased):
         try:
             await arun(holding.release(), self._desk.lane, self._lease.remaining)
         finally:
+            self._stand_up()
+
+    def _stand_up(self) -> None:
+        seated, self._seated = self._seated, False
+        if seated:
             self._seat.release()
 
     async def renew(self, timeout: float | None = None) -> bool:
@@ -94,6 +99,7 @@ class AsyncLeasedLock(Leased):
         """As `LeasedLock.close`."""
         self._stop_renewing()
         self._close()
+        self._stand_up()
 
     async def __aenter__(self) -> Self:
         await self.acquire()

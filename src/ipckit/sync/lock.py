@@ -43,9 +43,10 @@ class Recovery:
         self._abandoned = False
 
     def __enter__(self) -> bool:
+        nested = self._lock._is_owned()  # an RLock's: whoever holds it outside has it, or repairs, already
         if not self._lock._recover(self._timeout):
             raise errors.Timeout("somebody else holds it", url=self._lock.url, operation="recover")
-        self._abandoned = self._lock._inherited
+        self._abandoned = self._lock._inherited and not nested
         return self._abandoned
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
@@ -73,6 +74,7 @@ class _Mutex(_native.Mutex):
         if debug:
             cls = cls._debugged()
         name = _home.name_of(url)
+        _home.check_on_owner_died(on_owner_died, name)
         return cls._from_fd(_home.opened(name, cls._kind), name, on_owner_died)
 
     @classmethod
@@ -81,8 +83,6 @@ class _Mutex(_native.Mutex):
 
     @classmethod
     def _from_fd(cls, fd: int, url: Url | None, on_owner_died: OnOwnerDied) -> Self:
-        if on_owner_died not in ("raise", "take"):
-            raise errors.BadOption(f"on_owner_died is 'raise' or 'take', not {on_owner_died!r}", url=url)
         fail = make_fail(url, cls._of)
         make = super().__new__
         self: Self = _home.build(lambda fd: make(cls, fd, cls._kind, fail, on_owner_died == "take"), fd, url)
@@ -155,7 +155,7 @@ class Lock(_Mutex):
     def __new__(
         cls, url: str | Url | None = None, *, on_owner_died: OnOwnerDied = "raise", debug: bool = False
     ) -> Self:
-        elsewhere = _places.lock(url)
+        elsewhere = _places.lock(url, on_owner_died)
         if elsewhere is not None:
             if debug:
                 raise errors.BadOption("debug= is for locks in shared memory", url=url)

@@ -48,8 +48,10 @@ class Segment(SegmentCore):
     ) -> None:
         self._begin(readonly)
         self._asked = None if url is None else (checked(url), size, mode, timeout)
-        if url is None:
+        if self._asked is None:
             self._anonymous(size)
+        else:
+            self.url = self._asked[0]
 
     async def _opened(self) -> Self:
         asked, self._asked = self._asked, None
@@ -158,7 +160,7 @@ class Latest(Generic[T]):
     async def wait(self, timeout: float | None = None, newer_than: int | None = None) -> T:
         """The newest value as soon as it is newer; see `ipckit.sync.Latest.wait`. Several tasks may wait at once."""
         core = self._opened_core()
-        seen = core.seen if newer_than is None else newer_than
+        seen = latest.above(core.seen, newer_than)
         try:
             await arun(_newer(core, seen), Lane(self._gate, "wait", passing=True), timeout)
         except errors.Timeout as late:

@@ -15,6 +15,7 @@ was given up, a unit may be missing for an instant.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections import deque
@@ -96,17 +97,17 @@ class PosixSemaphore:
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Take a unit; whether it got one within `timeout` seconds. Ctrl-C ends the wait."""
-        if timeout is not None and not timeout >= 0:
+        if timeout is not None and math.isnan(timeout):
             raise no_timeout()
         if self._try():
             return True
-        if not block or timeout == 0:
+        if not block or (timeout is not None and timeout <= 0):
             return False
-        from .tasks import _steps  # with it comes asyncio, which whoever never waits does not need
+        from .lock_tasks import attempt_steps  # with it comes asyncio, which whoever never waits does not need
 
         lane = Lane(Gate(self.url, lambda: None), "acquire", passing=True)
         with contextlib.closing(lane.gate):
-            return run(_steps(self._attempt(UNIT), self.release), lane, timeout) == DONE
+            return run(attempt_steps(self._attempt(UNIT), self.release), lane, timeout) == DONE
 
     def _try(self) -> bool:
         try:
@@ -141,7 +142,7 @@ class PosixSemaphore:
             posix_ipc.unlink_semaphore("/" + self.url.name)
 
     def _attempt(self, _role: int) -> _Attempt:
-        """For whoever waits: see `tasks._steps`."""
+        """For whoever waits: see `lock_tasks.attempt_steps`."""
         if self._pid != os.getpid():
             self._fresh()  # the thread was the parent's
         return _Attempt(self, self._queue)
@@ -154,7 +155,7 @@ class PosixSemaphore:
 
 
 class _Attempt:
-    """One wait for a unit, as `tasks._steps` drives it. `granted` changes under the queue's mutex only."""
+    """One wait for a unit, as `lock_tasks.attempt_steps` drives it. `granted` changes under the queue's mutex only."""
 
     __slots__ = ("_queue", "_semaphore", "bell", "granted")
 

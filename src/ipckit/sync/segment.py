@@ -20,7 +20,7 @@ from .._spi import Steps
 from .._url import Url
 from ..transports._runtime import memory_dir
 from . import _home, _tenancy
-from ._files import HEADER, Identity, mapped_errors, open_thing, read_identity
+from ._files import HEADER, Identity, check_memory, mapped_errors, open_thing, read_identity
 from ._tenancy import Mode, Tenant
 
 _MODES = ("create", "attach", "create-or-attach")
@@ -88,6 +88,7 @@ class SegmentCore(_native.Exporter):
             raise errors.BadOption("a new segment needs a size")
         with mapped_errors(None, "open"):
             wanted = size_of(size)
+            check_memory(wanted)
             self._fd = os.memfd_create("ipckit-segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             identity = Identity(wanted, 1, os.urandom(16), time.time(), os.getpid())
             os.posix_fallocate(self._fd, 0, HEADER + wanted)
@@ -98,19 +99,37 @@ class SegmentCore(_native.Exporter):
     @property
     def size(self) -> int:
         """Bytes of the generation that this object shows."""
-        return self._identity.size
+        return self._shown().size
 
     @property
     def generation(self) -> int:
         """1, and one more with each `resize`: which of them this object shows."""
-        return self._identity.generation
+        return self._shown().generation
+
+    def _shown(self) -> Identity:
+        """Raises Closed where nothing was opened yet."""
+        try:
+            return self._identity
+        except AttributeError:
+            raise self._closed("look") from None
+
+    @property
+    def closed(self) -> bool:
+        """Not attached: not yet, or not any more."""
+        return self._tenant is None and self._fd < 0
+
+    def _closed(self, operation: str) -> errors.Closed:
+        return errors.Closed("this segment is not open", url=self.url, operation=operation)
 
     @property
     def buf(self) -> memoryview:
         """A view of the bytes. It stays good, also when the segment shows a newer generation or is closed.
 
         It frees its generation with itself; what was made from the segment directly keeps it until the segment object goes.
+        Raises Closed.
         """
+        if self.closed:
+            raise self._closed("look")
         return self._view()
 
     @property
@@ -143,9 +162,11 @@ class SegmentCore(_native.Exporter):
 
     def _resizing(self, size: int | str) -> Steps[None]:
         wanted = size_of(size)
+        if self.closed:
+            raise self._closed("resize")
         if self._tenant is None or self.url is None or self.readonly:
             raise errors.Unsupported(
-                "this one cannot be resized", url=self.url, operation="resize", hint="named, writable, open ones can"
+                "this one cannot be resized", url=self.url, operation="resize", hint="named, writable ones can"
             )
         with mapped_errors(self.url, "resize"):
             yield from _tenancy.resize(self.url, self._tenant, self._identity, wanted)
@@ -190,9 +211,7 @@ class SegmentCore(_native.Exporter):
         return self
 
     def __repr__(self) -> str:
-        state = (
-            "closed" if self._tenant is None and self._fd < 0 else f"{self.size} bytes, generation {self.generation}"
-        )
+        state = "closed" if self.closed else f"{self.size} bytes, generation {self.generation}"
         return f"<{type(self).__name__} {self.url or 'anonymous'}: {state}>"
 
 
@@ -209,6 +228,8 @@ def size_of(size: int | str) -> int:
             size = read_size(size)
         except ValueError as error:
             raise errors.BadOption(f"size= is {error}") from None
+    if not isinstance(size, int):
+        raise errors.BadOption(f"a size is a number of bytes, or text as '64MiB', not {size!r}")
     if not 0 < size < 1 << 62:
         raise errors.BadOption("a segment has one byte or more")
     return size
