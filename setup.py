@@ -44,6 +44,7 @@ setup(
                     "py_mapping.c",
                     "py_mutex.c",
                     "py_crowd.c",
+                    "py_condition.c",
                     "py_attempt.c",
                     "lock.c",
                     "sync_object.c",

@@ -35,7 +35,7 @@ def test_thirty_kills(directory):
 
 
 def test_what_is_left_behind_is_found(directory, monkeypatch):
-    monkeypatch.setattr(_tenancy, "sweep", lambda _: [])  # so a half made generation stays
+    monkeypatch.setattr(_tenancy, "sweep", lambda *_: [])  # so a half made generation stays
     monkeypatch.setattr(segment_kill, "OPERATIONS", {"litter": lambda: lambda: litter(directory)})
     report = segment_kill.Report()
     faults = segment_kill.one_round("litter", 0, 1.0, False, directory, report)

@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -384,6 +386,16 @@ def test_locks_lists_all_kinds(capsys):
             "latest": "value 1",
             "segment": "generation 2",
         }
+
+
+def test_the_age_is_that_of_the_object_and_not_of_its_last_use(runtime_dir, capsys):  # noqa: F811
+    lock = Lock("shm://lock")
+    assert listed(capsys)["lock"]["age"] < 600
+    with open(runtime_dir / "lock.sync", "r+b") as file:
+        file.seek(48)  # `made` in sync_layout.h
+        file.write(struct.pack("=Q", time.time_ns() - 5000 * 10**9))
+    with lock:
+        assert 4000 < listed(capsys)["lock"]["age"] < 6000
 
 
 def test_locks_counts_who_waits(capsys):

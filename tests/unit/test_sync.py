@@ -498,6 +498,19 @@ def test_a_waiter_whose_lock_is_abandoned_comes_back_without_it():
     assert not condition.abandoned
 
 
+def test_a_handler_that_raises_ends_a_wait_with_the_lock_held():
+    condition = Condition()
+    with condition:
+        interrupt = Threads(
+            lambda: until(lambda: condition.n_waiting == 1) or os.kill(os.getpid(), signal.SIGINT)
+        )  # the wait lets go of the lock, and only this thread runs handlers
+        with pytest.raises(KeyboardInterrupt):
+            condition.wait()
+        assert condition.owner().tid == threading.get_native_id()
+        assert condition.n_waiting == 0
+        interrupt.join()
+
+
 def test_barriers():
     ran = []
     barrier = Barrier(3, lambda: ran.append(barrier.n_waiting), 20)

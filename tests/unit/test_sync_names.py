@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import struct
@@ -10,9 +11,10 @@ import pytest
 
 from ipckit import aio, errors, sync
 from ipckit.cli import main
-from ipckit.sync import Condition, Lock, RLock, RWLock, Semaphore
+from ipckit.sync import Condition, Lock, RLock, RWLock, Semaphore, _deadlock
 
-from .test_sync import Child, Threads, outcome, runtime_dir  # noqa: F401 - a fixture
+from .test_sync import Child, Threads, outcome, runtime_dir, until  # noqa: F401 - a fixture
+from .test_sync_tasks import until as come_to
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside pytest-timeout's thread
 
@@ -112,6 +114,58 @@ def test_another_pid_namespace_is_refused_while_it_is_there(runtime_dir):  # noq
     _move(path, 0)  # one who did not know
     with Lock("shm://there"):
         pass
+
+
+# -- who died -------------------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_hears_which_process_had_the_lock():
+    """Also where the lock is not the Condition's own."""
+
+    async def main():
+        lock = aio.Lock()
+        condition = aio.Condition(lock)
+        async with condition:
+            waiting = asyncio.ensure_future(condition.wait(20))
+            await come_to(lambda: condition.n_waiting)
+            child = await asyncio.to_thread(Child, lock._core.acquire)
+            child.kill()
+            with pytest.raises(errors.OwnerDied) as died:
+                await waiting
+            assert died.value.pid == child.pid
+            raise died.value
+
+    with pytest.raises(errors.OwnerDied):
+        asyncio.run(main())
+    lock = Lock()
+    condition = Condition(lock)
+    pids = []
+
+    def wait():
+        try:
+            with condition:
+                condition.wait(20)
+        except errors.OwnerDied as died:
+            pids.append(died.pid)
+
+    waiting = Threads(wait)
+    until(lambda: condition.n_waiting == 1)
+    child = Child(lock.acquire)
+    child.kill()
+    waiting.join()
+    assert pids == [child.pid]
+
+
+def test_the_note_of_a_dead_waiter_whose_number_is_anothers(tmp_path, monkeypatch):
+    note = tmp_path / "77"
+    note.write_text('[1, 77, 5, 1, "Lock", [3]]')
+
+    def theirs(pid, number):
+        raise PermissionError
+
+    monkeypatch.setattr(_deadlock.os, "kill", theirs)
+    assert _deadlock._read(note) is None
+    assert not note.exists()
 
 
 # -- what a user gets wrong, and sees -----------------------------------------------------------------------------------------

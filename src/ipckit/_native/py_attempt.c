@@ -215,7 +215,9 @@ static PyObject *polled(Attempt *self)
     if (self->verdict == DONE || self->verdict == INHERITED)
         return PyLong_FromLong(self->verdict);
     bool waits = self->role == ROLE_PARTY || self->role == ROLE_LISTENER || self->role < 0;
-    return sync_fail(self->sync, self->verdict, waits ? "wait" : "acquire");
+    /* A listener that hears of a death hears of its lock's owner. */
+    SyncObject *whose = self->verdict == DIED && self->lock ? (SyncObject *)self->lock : self->sync;
+    return sync_fail(whose, self->verdict, waits ? "wait" : "acquire");
 }
 
 static PyObject *attempt_arm(PyObject *object, PyObject *fd)

@@ -43,13 +43,6 @@ static enum verdict try_order(SyncObject *self, void *context, struct attempt *a
     }
 }
 
-/* What must be done, whatever signals come: short, and only ever for the monitor. */
-static int insist(SyncObject *self, trying try, void *context, struct attempt *attempt)
-{
-    attempt->slept = false;
-    return drive(self, try, context, attempt, NO_DEADLINE, true);
-}
-
 /* A tuple (verdict, slot + 1, how many were there before); NULL with an exception set. */
 static PyObject *came_in(SyncObject *self, int verdict, struct attempt *attempt, const char *operation)
 {
@@ -90,51 +83,6 @@ static PyObject *crowd_enter_(PyObject *object, PyObject *args)
     int verdict = drive(self, try_enter, &role, &attempt, deadline, false);
     return verdict == WAIT || verdict == -1 ? back_out(self, role, &attempt, verdict, operation)
                                             : came_in(self, verdict, &attempt, operation);
-}
-
-PyDoc_STRVAR(join_doc, "join()\n--\n\nBegin to listen: the slot + 1.");
-
-static PyObject *crowd_join(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    SyncObject *self = (SyncObject *)object;
-    enum role role = ROLE_LISTENER;
-    struct attempt attempt = {0};
-    struct naps naps;
-    enum verdict verdict;
-    /* One step only: from here on we hear what is notified. */
-    while ((verdict = try_enter(self, &role, &attempt, &naps)) == WAIT && attempt.slot == 0) {
-        Py_BEGIN_ALLOW_THREADS
-        attempt.slept = nap(self_here(), &naps, NO_DEADLINE, NULL) == 0;
-        Py_END_ALLOW_THREADS
-    }
-    return verdict == WAIT ? PyLong_FromLong(attempt.slot) : sync_fail(self, verdict, "wait");
-}
-
-PyDoc_STRVAR(listen_doc, "listen(slot, timeout, lock)\n--\n\nTrue: notified; leave(LISTENER, slot) must follow. False: not in time; out.");
-
-static PyObject *crowd_listen(PyObject *object, PyObject *args)
-{
-    SyncObject *self = (SyncObject *)object;
-    int slot;
-    PyObject *timeout, *lock;
-    if (!PyArg_ParseTuple(args, "iOO", &slot, &timeout, &lock))
-        return NULL;
-    enum role role = ROLE_LISTENER;
-    bool wrong;
-    struct attempt attempt = {.slot = slot, .lock = mutex_to_watch(lock, &wrong)};
-    int64_t deadline = wrong ? -1 : deadline_for(NULL, timeout);
-    int verdict = deadline == -1 ? -1 : drive(self, try_enter, &role, &attempt, deadline, false);
-    if (verdict == WAIT || verdict == -1) {
-        int end = insist(self, try_give_up, &role, &attempt);
-        if (verdict == -1 && end == DONE) { /* interrupted, and notified: somebody else shall have it */
-            struct leaving leaving = {role, attempt.slot - 1, false};
-            insist(self, try_leave, &leaving, &attempt);
-            insist(self, try_order, &(struct order){NOTIFY, 1}, &(struct attempt){0});
-        }
-        return verdict == -1 ? NULL : PyBool_FromLong(end == DONE);
-    }
-    return verdict == DONE ? PyBool_FromLong(1) : sync_fail(self, verdict, "wait");
 }
 
 PyDoc_STRVAR(leave_doc, "leave(role, operation, slot=0, abandon=False)\n--\n\nSlot 0: any of this thread's.");
@@ -305,8 +253,7 @@ static PyObject *sync_event_is_set(PyObject *object, PyObject *unused)
 
 static PyMethodDef crowd_methods[] = {
     {"_enter", crowd_enter_, METH_VARARGS, enter_doc},
-    {"_join", crowd_join, METH_NOARGS, join_doc},
-    {"_listen", crowd_listen, METH_VARARGS, listen_doc},
+    {"_wait", condition_wait, METH_VARARGS, condition_wait_doc},
     {"_leave", crowd_leave_, METH_VARARGS, leave_doc},
     {"_post", crowd_post, METH_O, NULL},
     {"_notify", crowd_notify, METH_O, NULL},

@@ -155,31 +155,28 @@ static PyObject *mutex_state(PyObject *object, PyObject *unused)
     return PyLong_FromUnsignedLong(atomic_load_explicit(&((SyncObject *)object)->o->mutex.own.word, memory_order_acquire));
 }
 
-/* For Condition.wait: let go of all levels at once, and come back to as many. */
-static PyObject *mutex_release_save(PyObject *object, PyObject *unused)
+/* For a task that waits for a Condition: let go of all levels at once. It counts them itself. */
+static PyObject *mutex_release_all(PyObject *object, PyObject *unused)
 {
     (void)unused;
     SyncObject *self = (SyncObject *)object;
-    unsigned long depth = mutex_mine(&self->o->mutex) ? self->o->mutex.depth : 0;
     int verdict = mutex_release(&self->o->mutex, false);
-    return verdict == DONE ? PyLong_FromUnsignedLong(depth) : sync_fail(self, verdict, "wait");
+    return verdict == DONE ? Py_NewRef(Py_None) : sync_fail(self, verdict, "wait");
 }
 
-static PyObject *mutex_acquire_restore(PyObject *object, PyObject *saved)
+int mutex_take_back(SyncObject *lock, uint32_t depth)
 {
-    SyncObject *self = (SyncObject *)object;
-    unsigned long depth = PyLong_AsUnsignedLong(saved);
-    if (depth == (unsigned long)-1 && PyErr_Occurred())
-        return NULL;
-    struct attempt attempt = {.claim = self->take ? CLAIM_TAKE : CLAIM_PLAIN};
+    struct attempt attempt = {.claim = lock->take ? CLAIM_TAKE : CLAIM_PLAIN};
     bool endless = true;
     /* Stubborn: the caller's `with` will release it, so it must be held, or an exception say that it is not. */
-    int verdict = drive(self, try_mutex, &endless, &attempt, NO_DEADLINE, true);
-    if (verdict != DONE && verdict != INHERITED)
-        return sync_fail(self, verdict, "wait");
-    self->o->mutex.depth = (uint32_t)depth;
-    self->inherited = verdict == INHERITED;
-    Py_RETURN_NONE;
+    int verdict = drive(lock, try_mutex, &endless, &attempt, NO_DEADLINE, true);
+    if (verdict != DONE && verdict != INHERITED) {
+        sync_fail(lock, verdict, "wait");
+        return -1;
+    }
+    lock->o->mutex.depth = depth;
+    lock->inherited = verdict == INHERITED;
+    return 0;
 }
 
 static PyObject *mutex_attempt(PyObject *object, PyObject *claim)
@@ -208,8 +205,7 @@ static PyMethodDef mutex_methods[] = {
     {"_is_owned", mutex_is_mine, METH_NOARGS, NULL},
     {"_word", mutex_state, METH_NOARGS, NULL},
     {"_watch", mutex_watch_, METH_NOARGS, NULL},
-    {"_release_save", mutex_release_save, METH_NOARGS, NULL},
-    {"_acquire_restore", mutex_acquire_restore, METH_O, NULL},
+    {"_release_all", mutex_release_all, METH_NOARGS, NULL},
     {"_attempt", mutex_attempt, METH_O, NULL},
     {NULL},
 };

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <time.h>
 #include <unistd.h>
 
 /* -- what all have -------------------------------------------------------------------------------------------------- */
@@ -64,6 +65,12 @@ int drive(SyncObject *self, trying try, void *context, struct attempt *attempt, 
         if (error == ETIMEDOUT)
             deadline = 0; /* what came at the last moment still counts */
     }
+}
+
+int insist(SyncObject *self, trying try, void *context, struct attempt *attempt)
+{
+    attempt->slept = false;
+    return drive(self, try, context, attempt, NO_DEADLINE, true);
 }
 
 PyObject *sync_owner(struct robust_word *word)
@@ -170,6 +177,9 @@ static PyObject *core_sync_format(PyObject *module, PyObject *args)
     sync_format(o, (uint32_t)kind, value, limit);
     if (getrandom(&o->header.id, sizeof o->header.id, 0) != sizeof o->header.id)
         o->header.id = 0; /* then only its inode tells it from others */
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    o->header.made = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
     munmap(o, size);
     Py_RETURN_NONE;
 }

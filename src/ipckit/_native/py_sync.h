@@ -47,6 +47,8 @@ typedef enum verdict (*trying)(SyncObject *self, void *context, struct attempt *
  * signal; else its handler runs, and what it raises ends the wait: -1. */
 #define MONITOR_NS INT64_C(100000000) /* what does not wait waits so long for one who was stopped in the middle of a crowd's work */
 int drive(SyncObject *self, trying try, void *context, struct attempt *attempt, int64_t deadline, bool stubborn);
+/* What must be done, whatever signals come: short, and only ever for the monitor. */
+int insist(SyncObject *self, trying try, void *context, struct attempt *attempt);
 
 /* `block` and `timeout` as multiprocessing has them: a negative timeout is 0. -1 with an exception set. */
 int64_t deadline_for(PyObject *block, PyObject *timeout);
@@ -58,6 +60,12 @@ int sync_clear(PyObject *object);
 void sync_dealloc(PyObject *object);
 extern PyMemberDef sync_members[];
 PyObject *sync_owner(struct robust_word *word); /* (pid, since in s, tid), or None */
+
+/* Of a Condition, in py_condition.c. */
+PyObject *condition_wait(PyObject *object, PyObject *args);
+extern const char condition_wait_doc[];
+/* Take the lock again, `depth` levels beyond the first, whatever signals come. 0, or -1 with an exception set: then it is not held. */
+int mutex_take_back(SyncObject *lock, uint32_t depth);
 
 /* Attempts, in py_attempt.c. */
 /* role 0: the mutex; -1: the event; `lock`: that of a listener, or NULL. */

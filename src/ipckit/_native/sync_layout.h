@@ -98,7 +98,8 @@ struct sync_header {
     uint32_t unused;
     uint64_t id;            /* random: no other object has it */
     uint64_t pid_namespace; /* inode of the one whose thread ids the words hold; 0: not known. See sync/_home.py */
-    uint64_t unused2[2];
+    uint64_t made;          /* when: CLOCK_REALTIME in ns */
+    uint64_t unused2;
 };
 
 struct sync_object {

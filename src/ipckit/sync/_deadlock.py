@@ -109,14 +109,17 @@ class Waiting:
 def _read(path: Path) -> Wait | None:
     """None where nobody waits; what a killed process left is removed."""
     try:
-        pid, tid, began, looks, what, owners = json.loads(path.read_text(encoding="ascii"))
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        note = Wait(*json.loads(path.read_text(encoding="ascii")))
+        os.kill(note.pid, 0)
+    except (
+        ProcessLookupError,
+        PermissionError,
+    ):  # its number is nobody's, or somebody else's, who writes no notes here
         path.unlink(missing_ok=True)
         return None
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    return Wait(pid, tid, began, looks, what, tuple(owners))
+    return note._replace(owners=tuple(note.owners))
 
 
 def patiently(try_for: Callable[[bool, float | None], bool], waiting: Waiting, timeout: float | None) -> bool:

@@ -52,13 +52,13 @@ class Identity(NamedTuple):
         )
 
 
-def read_identity(fd: int) -> Identity | None:
-    """None: it is no thing of ours."""
+def read_identity(fd: int, bytes: int) -> Identity | None:
+    """Of a file of so many bytes. None: it is no thing of ours."""
     page = os.pread(fd, _PAGE.size, 0)
     if len(page) < _PAGE.size:
         return None
     magic, version, header, size, generation, series, made, maker = _PAGE.unpack(page)
-    if magic != _MAGIC or version != _VERSION or header != HEADER or os.fstat(fd).st_size < HEADER + size:
+    if magic != _MAGIC or version != _VERSION or header != HEADER or bytes < HEADER + size:
         return None
     return Identity(size, generation, series, made / 1e9, maker)
 
@@ -82,7 +82,7 @@ def check_memory(size: int) -> None:
         raise OSError(errno.ENOMEM, f"{size} bytes are more than the memory that is free")
 
 
-def open_file(url: object, path: Path, flags: int = 0) -> int | None:
+def open_file(url: object, path: Path | str, flags: int = 0) -> tuple[int, os.stat_result] | None:
     """A regular file of ours that nobody else may look into; None: there is none. Raises AccessDenied."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
@@ -98,24 +98,25 @@ def open_file(url: object, path: Path, flags: int = 0) -> int | None:
     elif found.st_mode & 0o077:
         wrong = f"is open to others (mode {stat.S_IMODE(found.st_mode):04o})"
     else:
-        return fd
+        return fd, found
     os.close(fd)
     raise errors.AccessDenied(f"{path} {wrong}", url=url, operation="open")
 
 
 def open_thing(url: object, path: Path) -> tuple[int, Identity] | None:
     """What has the name. Raises AccessDenied, ProtocolError."""
-    fd = open_file(url, path)
-    if fd is None:
+    opened = open_file(url, path)
+    if opened is None:
         return None
-    identity = read_identity(fd)
+    fd, found = opened
+    identity = read_identity(fd, found.st_size)
     if identity is None:
         os.close(fd)
         raise errors.ProtocolError(f"{path} is nothing that ipckit made", url=url, operation="open")
     return fd, identity
 
 
-def make_thing(path: Path, identity: Identity, fill: Callable[[int], None], aside: Path, replace: bool = False) -> int:
+def make_thing(path: Path, identity: Identity, fill: Callable[[int], None], aside: str, replace: bool = False) -> int:
     """A file with this first page, allocated, filled, and only then given its name. Raises FileExistsError.
 
     `aside`: a name for it until then, where it needs one: nobody has it, and whoever comes next removes what is there.
@@ -143,30 +144,29 @@ def make_thing(path: Path, identity: Identity, fill: Callable[[int], None], asid
             remove(aside)
 
 
-def _new_file(aside: Path) -> tuple[int, bool]:
+def _new_file(aside: str) -> tuple[int, bool]:
     """A new file, without a name where the file system allows that; whether it has one."""
     try:
-        return os.open(aside.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), False
+        return os.open(os.path.dirname(aside), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), False
     except OSError as error:
         if error.errno not in _TMPFILE_UNKNOWN:
             raise
     return os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), True
 
 
-def _link(fd: int, path: Path) -> None:
+def _link(fd: int, path: Path | str) -> None:
     # With a src_dir_fd, though the path is absolute, because only then does os.link follow the link in /proc.
     os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
 
 
-def remove(path: Path) -> None:
+def remove(path: Path | str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
-def leads_to(path: Path, fd: int) -> bool:
+def leads_to(path: Path | str, file: os.stat_result) -> bool:
     """The name is this file's."""
     try:
-        found = os.lstat(path)
+        return os.path.samestat(os.lstat(path), file)
     except FileNotFoundError:
         return False
-    return os.path.samestat(found, os.fstat(fd))

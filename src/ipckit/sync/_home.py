@@ -40,7 +40,7 @@ KINDS = (
     "Event",
     "Barrier",
 )
-HEADER = struct.Struct("=8sII")  # magic, version, kind: sync_layout.h
+HEADER = struct.Struct("=8sII32xQ8x")  # magic, version, kind, when it was made (ns since the epoch): sync_layout.h
 SCHEME = "shm"
 SUFFIX = ".sync"
 
@@ -172,7 +172,7 @@ def build(make: Any, fd: int, url: Url | None) -> Any:
     except BaseException as error:
         with contextlib.closing(os.fdopen(fd, "rb", buffering=0)):
             if isinstance(error, ValueError) and not isinstance(error, errors.IpcError):
-                kind = kind_of(fd)
+                kind, _ = read_header(fd)
                 there = f"it is a {KINDS[kind - 1]}" if kind and str(error) == "of another kind" else str(error)
                 raise errors.ProtocolError(
                     f"what is there cannot be used: {there}", url=url, operation="open"
@@ -180,14 +180,14 @@ def build(make: Any, fd: int, url: Url | None) -> Any:
         raise
 
 
-def kind_of(fd: int) -> int:
-    """0: it is none of ours."""
+def read_header(fd: int) -> tuple[int, float]:
+    """Of which kind, and when it was made (seconds since the epoch). Kind 0: it is none of ours."""
     head = os.pread(fd, HEADER.size, 0)
     if len(head) == HEADER.size:
-        magic, _, kind = HEADER.unpack(head)
+        magic, _, kind, made = HEADER.unpack(head)
         if magic == b"ipcsync\0" and 0 < kind <= len(KINDS):
-            return int(kind)
-    return 0
+            return kind, made / 1e9
+    return 0, 0.0
 
 
 # -- to children ------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def litter(directory: Path, *, with_abandoned: bool = False) -> Iterator[Litter]
             yield Litter(thing.path, words, partial(_tenancy.bury_at_once, path))
     for path in _tenancy.names(directory):
         if not path.exists() and _tenancy.is_dead(path):
-            yield Litter(str(path) + ".lock", "a lock without its segment", partial(_tenancy.bury_at_once, path))
+            yield Litter(_tenancy.lock_path(path), "a lock without its segment", partial(_tenancy.bury_at_once, path))
     for path in _tenancy.names(directory):
         aside = _tenancy.half_made(path)
         if aside is not None and not _tenancy.is_dead(path):
@@ -114,12 +114,12 @@ def litter(directory: Path, *, with_abandoned: bool = False) -> Iterator[Litter]
 # -- synchronisation objects ------------------------------------------------------------------------------------------------
 
 
-def _kind_of(fd: int) -> int:
-    """Raises ValueError: it is none of ours."""
-    kind = _home.kind_of(fd)
+def _read_header(fd: int) -> tuple[int, float]:
+    """Its kind, and when it was made. Raises ValueError: it is none of ours."""
+    kind, made = _home.read_header(fd)
     if not kind:
         raise ValueError("this is no synchronisation object")
-    return kind
+    return kind, made
 
 
 def _open_object(path: Path) -> int:
@@ -148,7 +148,7 @@ def _view(make: Callable[..., Any], fd: int, kind: int) -> Any:
 def _look_at_object(path: Path, who: dict[Key, set[int]]) -> Thing:
     fd = _open_object(path)
     try:
-        found, kind = os.fstat(fd), _kind_of(fd)
+        found, (kind, made) = os.fstat(fd), _read_header(fd)
         pids = sorted(who.get((found.st_dev, found.st_ino), set()))
         used = not _is_free(fd)
         state, holders, waiters, abandoned = _state(fd, kind, pids, found)
@@ -163,7 +163,7 @@ def _look_at_object(path: Path, who: dict[Key, set[int]]) -> Thing:
         holders,
         waiters,
         pids,
-        time.time() - found.st_ctime,
+        max(time.time() - made, 0.0),
         used,
         abandoned,
     )
@@ -218,7 +218,7 @@ def _bury_object(path: Path, with_abandoned: bool) -> bool:
     except (OSError, ValueError):
         return False
     try:
-        kind = _kind_of(fd)
+        kind, _ = _read_header(fd)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found = os.fstat(fd)
         # With the lock for ourselves nobody has it open; whoever opens it now waits for us, and finds that it has no name.
@@ -273,7 +273,7 @@ def _look_at_thing(path: Path, who: dict[Key, set[int]]) -> Thing | None:
         pids = who.get((lock.st_dev, lock.st_ino), set())
     kind = path.suffix[1:].capitalize()
     age = max(time.time() - identity.made, 0.0)
-    used = _tenancy.lock_path(path).exists() and not _tenancy.is_dead(path)
+    used = os.path.exists(_tenancy.lock_path(path)) and not _tenancy.is_dead(path)
     return Thing(
         f"shm://{path.stem}", str(path), kind, identity.size + HEADER, state, holders, None, sorted(pids), age, used
     )

@@ -31,7 +31,7 @@ from .. import errors
 from .._spi import Steps, Wait
 from .._url import Url
 from .._wait import Gate, Lane, run
-from ..transports._litter import bury_owned, owned
+from ..transports._litter import bury_owned
 from ._files import HEADER, Identity, leads_to, make_thing, open_file, open_thing, remove
 
 T = TypeVar("T")
@@ -45,12 +45,12 @@ _FLOCK = struct.Struct("@hhqqi4x")  # struct flock, 64 bits
 _CHANGE, WRITER = 0, 1  # the bytes of the lock file that record locks are about
 
 
-def lock_path(path: Path) -> Path:
-    return path.with_name(path.name + ".lock")
+def lock_path(path: Path) -> str:
+    return f"{path}.lock"
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".lock.next")
+def _aside(path: Path) -> str:
+    return f"{path}.lock.next"
 
 
 # -- locks --------------------------------------------------------------------------------------------------------------
@@ -116,15 +116,16 @@ def _change(
     """Wait for the right to. None: there is no lock file, and so no thing. Raises Timeout."""
     lock, pause = lock_path(path), 0.0005
     while True:
-        fd = open_file(url, lock, os.O_CREAT if make else 0)
-        if fd is None:
+        opened = open_file(url, lock, os.O_CREAT if make else 0)
+        if opened is None:
             return None
+        fd, file = opened
         held = False
         try:
-            if os.fstat(fd).st_size:
+            if file.st_size:
                 raise errors.ProtocolError(f"{lock} is no lock of ours", url=url, operation=operation)
             held = try_record(fd, _CHANGE)
-            if held and leads_to(lock, fd):
+            if held and leads_to(lock, file):
                 if not look:
                     remove(_aside(path))  # somebody was killed over it
                 return _Changing(fd)
@@ -256,7 +257,7 @@ def _enter(
             elif mode == "create":
                 raise errors.AddressInUse("somebody has created it", url=url, operation="create", hint="mode='attach'")
         if fd < 0 and mode != "attach":
-            sweep(path.parent)
+            sweep(path.parent, path)
             identity = Identity(size, 1, os.urandom(16), time.time(), os.getpid())
             fd = make_thing(path, identity, fill, _aside(path))
         if fd >= 0:
@@ -367,12 +368,13 @@ def is_dead(path: Path) -> bool:
 
 def half_made(path: Path) -> Path | None:
     """A next generation whose maker was killed before it took its place. Removed by whoever comes by next."""
-    aside = _aside(path)
+    aside = Path(_aside(path))
     with contextlib.suppress(OSError, errors.IpcError):
-        fd = open_file(None, lock_path(path)) if aside.exists() else None
-        if fd is not None:
+        opened = open_file(None, lock_path(path)) if aside.exists() else None
+        if opened is not None:
+            fd, file = opened
             try:
-                return None if os.fstat(fd).st_size or record_is_held(fd, _CHANGE) else aside
+                return None if file.st_size or record_is_held(fd, _CHANGE) else aside
             finally:
                 os.close(fd)
     return None
@@ -391,17 +393,26 @@ def pass_by(path: Path) -> bool:
 
 def names(directory: Path) -> list[Path]:
     """What looks like ours in a directory, or like the lock of it."""
-    found = [each for suffix in SUFFIXES for each in directory.glob(f"*{suffix}*")]
-    return sorted({each.with_suffix("") if each.suffix == ".lock" else each for each in found if each.suffix in _ENDS})
+    return _names(directory, os.listdir(directory))
 
 
-def sweep(directory: Path) -> None:
-    """Remove what the dead left in a directory: before memory is taken, so a crash holds it no longer than that."""
-    for path in names(directory):
-        bury_at_once(path)
-    for path in owned(directory):
-        if path.suffix == ".tmp":
-            bury_owned(path)
+def _names(directory: Path, entries: list[str]) -> list[Path]:
+    found = {name.removesuffix(".lock") for name in entries if name.endswith(_ENDS)}
+    return [directory / name for name in sorted(found) if name.endswith(SUFFIXES)]
+
+
+def sweep(directory: Path, besides: Path | None = None) -> None:
+    """Remove what the dead left in a directory: before memory is taken, so a crash holds it no longer than that.
+
+    `besides`: the name that the caller is about to change.
+    """
+    entries = os.listdir(directory)
+    for path in _names(directory, entries):
+        if path != besides:
+            bury_at_once(path)
+    for name in entries:
+        if name.endswith(".tmp"):
+            bury_owned(directory / name)
 
 
 def patience(timeout: float | None) -> float | None:

@@ -69,23 +69,7 @@ class Condition(_native.Crowd):
     def wait(self, timeout: float | None = None) -> bool:
         """Let go of the lock, wait to be notified, take the lock back. Whether it was notified within `timeout` seconds."""
         self._need_lock("wait")
-        slot = self._join()
-        depth = self._lock._release_save()
-        notified = False
-        try:
-            try:
-                notified = self._listen(slot, timeout, self._lock)
-            except errors.OwnerDied:
-                raise  # without the lock
-            except BaseException:
-                self._lock._acquire_restore(depth)
-                raise
-            # Holds the notification until it has the lock: if it dies before, the notification goes to the next.
-            self._lock._acquire_restore(depth)
-        finally:
-            if notified:
-                self._leave(LISTENER, "wait", slot)
-        return notified
+        return self._wait(timeout, self._lock)
 
     def wait_for(self, predicate: Callable[[], T], timeout: float | None = None) -> T:
         """Wait until `predicate()` is true, at most `timeout` seconds; its last value."""

@@ -186,7 +186,7 @@ class Lock(Waits):
             raise cancelled
 
     def _let_go(self) -> int:
-        self._core._release_save()
+        self._core._release_all()
         return 0
 
     def _back(self, depth: int) -> None:
@@ -233,7 +233,7 @@ class RLock(Lock):
 
     def _let_go(self) -> int:
         depth, self._depth, self._holder = self._depth, 0, None
-        self._core._release_save()
+        self._core._release_all()
         return depth
 
     def _back(self, depth: int) -> None:

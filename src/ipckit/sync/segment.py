@@ -203,7 +203,7 @@ class SegmentCore(_native.Exporter):
     def _from_fd(cls, fd: int, readonly: bool) -> Self:
         self = cls.__new__(cls)
         self._begin(readonly)
-        identity = read_identity(fd)
+        identity = read_identity(fd, os.fstat(fd).st_size)
         if identity is None:
             raise errors.ProtocolError("this is no segment", operation="attach")
         self._fd = fd

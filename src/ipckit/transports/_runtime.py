@@ -64,9 +64,12 @@ def _is_memory(device: int) -> bool:
 
 def _made(path: Path) -> Path:
     try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        found = os.lstat(path)
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            found = os.lstat(path)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise errors.ConfigError(
