@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import pickle
 import struct
 
 import pytest
@@ -114,6 +115,24 @@ def test_another_pid_namespace_is_refused_while_it_is_there(runtime_dir):  # noq
     _move(path, 0)  # one who did not know
     with Lock("shm://there"):
         pass
+
+
+def test_a_condition_travels_with_its_lock():
+    """What arrives beside it is the lock that it lets go of."""
+
+    async def main():
+        lock = aio.Lock("shm://lock")
+        arrived, condition = pickle.loads(pickle.dumps((lock, aio.Condition(lock, "shm://condition"))))
+        async with arrived:
+            condition.notify()
+            assert not await condition.wait(0)
+
+    asyncio.run(main())
+    lock = Lock("shm://lock")
+    arrived, condition = pickle.loads(pickle.dumps((lock, Condition(lock, "shm://condition"))))
+    with arrived:
+        condition.notify()
+        assert not condition.wait(0)
 
 
 # -- who died -------------------------------------------------------------------------------------------------------------

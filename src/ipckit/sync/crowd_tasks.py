@@ -160,6 +160,9 @@ class Condition(Waits):
         super().__init__(core)
         self._lock: Lock = wrap(RLock, core._lock) if lock is None else lock
 
+    def __reduce__(self) -> Any:
+        return wrap, (type(self), self._core, None if self._core._own else self._lock)
+
     async def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Of its lock."""
         return await self._lock.acquire(block, timeout)

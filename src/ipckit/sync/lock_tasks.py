@@ -94,9 +94,9 @@ class Waits:
         return f"<aio of {self._core!r}>"
 
 
-def wrap(cls: Any, core: Any) -> Any:
+def wrap(cls: Any, *parts: Any) -> Any:
     self = cls.__new__(cls)
-    self._adopt(core)
+    self._adopt(*parts)
     return self
 
 
