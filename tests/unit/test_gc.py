@@ -270,6 +270,20 @@ def test_nothing_alive_is_removed(there, capsys):
         getattr(thing, "close", lambda: None)()
 
 
+def test_a_daemon_that_closed_its_descriptors_is_alive(there, capsys):
+    def become_a_daemon():
+        lock = Lock("shm://lock")
+        os.closerange(lock._fd, lock._fd + 1)
+        kept.append(lock)
+
+    kept = []
+    child = Child(become_a_daemon)
+    assert gc(capsys) == []
+    child.kill()
+    assert gc(capsys) != []
+    assert there() == []
+
+
 def test_one_in_the_middle_of_coming_is_alive(runtime_dir, capsys):  # noqa: F811
     lock = runtime_dir / "coming.segment.lock"
     lock.touch(0o600)

@@ -58,7 +58,7 @@ static struct mapping *fresh(int fd, const struct stat *found)
         errno = error;
         return NULL;
     }
-    *map = (struct mapping){.o = o, .size = size, .device = found->st_dev, .inode = found->st_ino, .kept = -1, .next = all};
+    *map = (struct mapping){.o = o, .size = size, .device = found->st_dev, .inode = found->st_ino, .next = all};
     all = map;
     return map;
 }
@@ -139,38 +139,21 @@ static bool owned(const struct mapping *map)
     return false;
 }
 
-/* It has a name: others may come, and must see that it is in use. */
-static bool named(int fd)
-{
-    struct stat found;
-    return fstat(fd, &found) == 0 && found.st_nlink > 0;
-}
-
 void mapping_part(struct mapping *map, int fd)
 {
     enter();
-    bool stays = owned(map);
-    if (stays && !map->stays) { /* what is held is in use, though nobody has an object of it: ours goes on as a user */
-        map->stays = true;
-        if (named(fd))
-            map->kept = fd;
-        else
-            close(fd);
-        leave();
-        return;
+    bool held = owned(map), last = false;
+    if (held && !map->stays)
+        map->stays = true; /* our use of it becomes that of who holds it */
+    else {
+        if (!held && map->stays) {
+            map->stays = false;
+            map->users--; /* ours is left */
+        }
+        last = unused(map);
     }
-    int kept = -1;
-    if (!stays && map->stays) {
-        kept = map->kept;
-        map->stays = false;
-        map->kept = -1;
-        map->users--; /* ours is left */
-    }
-    bool last = unused(map);
     leave();
-    close(fd);
-    if (kept >= 0)
-        close(kept);
+    close(fd); /* the flock goes with the mapping, which keeps the open file */
     if (last)
         unmap(map);
 }

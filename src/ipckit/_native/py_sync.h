@@ -21,13 +21,12 @@ struct mapping {
     dev_t device;
     ino_t inode;
     bool stays; /* a user more: it was held when a Python object of it went, the last perhaps */
-    int kept;   /* that one's descriptor, for the flock; -1 */
     struct mapping *next;
 };
 struct mapping *mapping_of(int fd, const char **wrong); /* NULL with `wrong`, or errno, set */
 struct mapping *mapping_keep(struct mapping *map);
 void mapping_drop(struct mapping *map);
-void mapping_part(struct mapping *map, int fd); /* of a Python object: drops it and closes the descriptor, unless it is held */
+void mapping_part(struct mapping *map, int fd); /* of a Python object: closes the descriptor, and drops it unless a word in it is held */
 
 typedef struct {
     PyObject_HEAD
