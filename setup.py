@@ -51,7 +51,8 @@ setup(
                     "crowd.c",
                     "crowd_settle.c",
                     "crowd_verbs.c",
-                    "py_segment.c",
+                    "py_exporter.c",
+                    "py_latest.c",
                     "latest.c",
                 )
             ],

@@ -156,19 +156,22 @@ static void leased_after(struct sync_object *o)
     empty_after(o);
 }
 
+/* The last to come lets the others go. */
+static void let_go(struct sync_object *o, int32_t slot)
+{
+    struct attempt attempt = {.slot = slot};
+    struct naps naps;
+    while (slot && barrier_open(o, &attempt, &naps) == WAIT)
+        attempt.slept = nap(self_here(), &naps, INT64_MAX, NULL) == 0;
+}
+
 static void barrier_victim(struct sync_object *o)
 {
     for (int i = 0; i < 2; i++) {
         struct attempt attempt = {0};
         if (enter_for(o, ROLE_PARTY, &attempt, PATIENCE) != DONE)
             _exit(0);
-        if (attempt.slot) {
-            int32_t slot = attempt.slot;
-            attempt = (struct attempt){.slot = slot};
-            struct naps naps;
-            while (barrier_open(o, &attempt, &naps) == WAIT)
-                attempt.slept = nap(self_here(), &naps, INT64_MAX, NULL) == 0;
-        }
+        let_go(o, attempt.slot);
     }
 }
 
@@ -182,13 +185,7 @@ static void barrier_survivor(struct sync_object *o)
             tell();
         if (verdict != DONE)
             return;
-        if (attempt.slot) {
-            int32_t slot = attempt.slot;
-            attempt = (struct attempt){.slot = slot};
-            struct naps naps;
-            while (barrier_open(o, &attempt, &naps) == WAIT)
-                attempt.slept = nap(self_here(), &naps, INT64_MAX, NULL) == 0;
-        }
+        let_go(o, attempt.slot);
     }
 }
 

@@ -177,8 +177,6 @@ static enum verdict arrive(struct sync_object *o, struct self *me, enum role rol
 enum verdict crowd_enter(struct sync_object *o, enum role role, struct attempt *attempt, struct naps *naps)
 {
     struct self *me = self_here();
-    if (!me)
-        return NO_KERNEL;
     enum verdict verdict = monitor_enter(o, attempt, naps);
     if (verdict != DONE)
         return verdict;
@@ -247,8 +245,6 @@ enum verdict crowd_leave(struct sync_object *o, enum role role, int32_t slot, bo
                          struct naps *naps)
 {
     struct self *me = self_here();
-    if (!me)
-        return NO_KERNEL;
     enum verdict verdict = monitor_enter(o, attempt, naps);
     if (verdict != DONE)
         return verdict;

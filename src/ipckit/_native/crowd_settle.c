@@ -166,13 +166,16 @@ void sweep(struct sync_object *o, struct self *me)
 
 enum verdict monitor_enter(struct sync_object *o, struct attempt *attempt, struct naps *naps)
 {
+    struct self *me = self_here();
+    if (!me)
+        return NO_KERNEL;
     struct attempt own = *attempt; /* with its courtesy so far */
     own.claim = CLAIM_TAKE;
     own.task = false;
     own.slept = attempt->slept && attempt->at_monitor;
     own.at_monitor = true;
     if (!own.slept)
-        nap_forget(self_here());
+        nap_forget(me);
     enum verdict verdict = mutex_try(&o->monitor, &own, naps);
     attempt->at_monitor = verdict == WAIT;
     attempt->gave_way = own.gave_way;
@@ -180,7 +183,7 @@ enum verdict monitor_enter(struct sync_object *o, struct attempt *attempt, struc
     if (verdict == INHERITED) {
         uint32_t last = SYNC_SLOTS; /* the one thing that follows from the slots and is not worked out anew each time */
         STORE(o->crowd.high, last);
-        sweep(o, self_here());
+        sweep(o, me);
         while (last > 0 && life(&o->slots[last - 1]) == 0)
             last--;
         STORE(o->crowd.high, last);

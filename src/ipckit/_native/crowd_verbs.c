@@ -6,8 +6,6 @@
 enum verdict semaphore_post(struct sync_object *o, uint32_t count, struct attempt *attempt, struct naps *naps)
 {
     struct self *me = self_here();
-    if (!me)
-        return NO_KERNEL;
     enum verdict verdict = monitor_enter(o, attempt, naps);
     if (verdict != DONE)
         return verdict;
@@ -41,8 +39,6 @@ uint32_t semaphore_value(struct sync_object *o)
 enum verdict condition_notify(struct sync_object *o, uint32_t count, struct attempt *attempt, struct naps *naps)
 {
     struct self *me = self_here();
-    if (!me)
-        return NO_KERNEL;
     enum verdict verdict = monitor_enter(o, attempt, naps);
     if (verdict != DONE)
         return verdict;
@@ -78,8 +74,6 @@ enum verdict barrier_open(struct sync_object *o, struct attempt *attempt, struct
 enum verdict barrier_break(struct sync_object *o, bool again, struct attempt *attempt, struct naps *naps)
 {
     struct self *me = self_here();
-    if (!me)
-        return NO_KERNEL;
     enum verdict verdict = monitor_enter(o, attempt, naps);
     if (verdict != DONE)
         return verdict;

@@ -59,7 +59,7 @@ void sweep(struct sync_object *o, struct self *me);
 /* Let in `count` of those who wait, the eldest first. */
 void notify(struct sync_object *o, struct self *me, uint32_t count);
 
-/* The monitor: DONE, or WAIT (`naps` says what to sleep on), or why not. Leaving hands `verdict` through. */
+/* The monitor: DONE, and then this thread has a `self`; or WAIT (`naps` says what to sleep on), or why not. Leaving hands `verdict` through. */
 enum verdict monitor_enter(struct sync_object *o, struct attempt *attempt, struct naps *naps);
 enum verdict monitor_leave(struct sync_object *o, enum verdict verdict);
 

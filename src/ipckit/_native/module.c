@@ -125,7 +125,7 @@ static int core_exec(PyObject *module)
     if (add_stream_type(module) < 0 || add_ring_type(module) < 0 || add_kernel_calls(module) < 0 ||
         add_broadcast_types(module) < 0)
         return -1;
-    if (add_sync_types(module) < 0 || add_segment_types(module) < 0)
+    if (add_sync_types(module) < 0 || add_exporter_type(module) < 0 || add_latest_types(module) < 0)
         return -1;
     return 0;
 }

@@ -81,6 +81,7 @@ int add_mutex_type(PyObject *module);
 int add_crowd_type(PyObject *module);
 int add_attempt_type(PyObject *module);
 int add_sync_types(PyObject *module);
-int add_segment_types(PyObject *module); /* py_segment.c: Exporter, Latest, LatestWatch */
+int add_exporter_type(PyObject *module);
+int add_latest_types(PyObject *module); /* Latest, LatestWatch */
 
 #endif

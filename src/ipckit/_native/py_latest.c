@@ -1,131 +1,9 @@
-/* py_segment.c — shared memory for Python: an object that exports the buffer of another, and the newest value (latest.h).
- *
- * The memory itself is Python's own mmap object. An Exporter hands out *its* buffers, so a view belongs to the mapping that it was made
- * from and keeps that alive, while the Exporter may go on to another one. (Before 3.12 a class in Python cannot export buffers.)
- *
- * But numpy.ndarray(buffer=x) gives the buffer back at once and holds on to x alone. So a mapping whose buffer was handed out lives as
- * long as the Exporter does; only views by _view() are known to hold what they show. */
+/* py_latest.c — the newest value for Python: see latest.h. A class in Python says what the bytes are, and who may write. */
 #include "py_sync.h"
 
 #include <errno.h>
 
 #include "latest.h"
-
-/* -- Exporter ------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    PyObject_HEAD
-    PyObject *source; /* whose buffer this is; NULL: none any more */
-    PyObject *before; /* a list of those whose buffers were handed out; or NULL */
-    bool handed;      /* the source's was */
-} Exporter;
-
-static int exporter_getbuffer(PyObject *object, Py_buffer *view, int flags)
-{
-    Exporter *self = (Exporter *)object;
-    view->obj = NULL;
-    if (!self->source) {
-        PyErr_SetString(PyExc_BufferError, "it is closed");
-        return -1;
-    }
-    self->handed = true;
-    return PyObject_GetBuffer(self->source, view, flags);
-}
-
-/* Never called, as no view is ours; but what has none is taken for memory that nothing can move (numpy.frombuffer). */
-static void exporter_releasebuffer(PyObject *object, Py_buffer *view)
-{
-    (void)object, (void)view;
-}
-
-static PyObject *exporter_view(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    Exporter *self = (Exporter *)object;
-    if (self->source)
-        return PyMemoryView_FromObject(self->source);
-    PyErr_SetString(PyExc_BufferError, "it is closed");
-    return NULL;
-}
-
-static Py_ssize_t exporter_length(PyObject *object)
-{
-    Exporter *self = (Exporter *)object;
-    return self->source ? PyObject_Length(self->source) : 0;
-}
-
-static int exporter_traverse(PyObject *object, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(object));
-    Py_VISIT(((Exporter *)object)->source);
-    Py_VISIT(((Exporter *)object)->before);
-    return 0;
-}
-
-static int exporter_clear(PyObject *object)
-{
-    Py_CLEAR(((Exporter *)object)->source);
-    Py_CLEAR(((Exporter *)object)->before);
-    return 0;
-}
-
-static void release_object(PyObject *object)
-{
-    PyTypeObject *type = Py_TYPE(object);
-    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    release(object);
-    Py_DECREF(type);
-}
-
-static void exporter_dealloc(PyObject *object)
-{
-    PyObject_GC_UnTrack(object);
-    exporter_clear(object);
-    release_object(object);
-}
-
-static PyObject *exporter_export(PyObject *object, PyObject *source)
-{
-    Exporter *self = (Exporter *)object;
-    PyObject *last = self->source;
-    if (last && self->handed) {
-        if (!self->before && !(self->before = PyList_New(0)))
-            return NULL;
-        if (PyList_Append(self->before, last) < 0)
-            return NULL;
-    }
-    self->source = source == Py_None ? NULL : Py_NewRef(source);
-    self->handed = false;
-    Py_XDECREF(last);
-    Py_RETURN_NONE;
-}
-
-static PyMethodDef exporter_methods[] = {
-    {"_export", exporter_export, METH_O, NULL},
-    {"_view", exporter_view, METH_NOARGS, NULL},
-    {NULL},
-};
-
-static PyType_Slot exporter_slots[] = {
-    {Py_tp_doc, "Exports the buffer of another object, for the time being."},
-    {Py_tp_dealloc, exporter_dealloc},
-    {Py_tp_traverse, exporter_traverse},
-    {Py_tp_clear, exporter_clear},
-    {Py_tp_methods, exporter_methods},
-    {Py_bf_getbuffer, exporter_getbuffer},
-    {Py_bf_releasebuffer, exporter_releasebuffer},
-    {Py_mp_length, exporter_length},
-    {0, NULL},
-};
-
-static PyType_Spec exporter_spec = {
-    .name = "ipckit._native.Exporter",
-    .basicsize = sizeof(Exporter),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    .slots = exporter_slots,
-};
-
-/* -- Latest --------------------------------------------------------------------------------------------------------- */
 
 #define ON_STACK 4096
 
@@ -137,6 +15,14 @@ typedef struct {
     unsigned writes;         /* fork_generation + 1 in the process that may write; 0 */
     unsigned inside;         /* calls that have let go of the GIL */
 } Latest;
+
+static void release_object(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
 
 /* Raises what its method makes of it. */
 static PyObject *trouble(Latest *self, const char *what, Py_ssize_t detail)
@@ -492,12 +378,10 @@ static PyObject *add_type(PyObject *module, PyType_Spec *spec, const char *name)
     return type;
 }
 
-int add_segment_types(PyObject *module)
+int add_latest_types(PyObject *module)
 {
-    PyObject *exporter = add_type(module, &exporter_spec, "Exporter");
-    PyObject *latest = exporter ? add_type(module, &latest_spec, "Latest") : NULL;
+    PyObject *latest = add_type(module, &latest_spec, "Latest");
     PyObject *watch = latest ? add_type(module, &watch_spec, "LatestWatch") : NULL;
-    Py_XDECREF(exporter);
     Py_XDECREF(latest);
     if (!watch)
         return -1;
