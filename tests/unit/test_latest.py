@@ -53,6 +53,12 @@ def test_the_newest_value():
         assert reader.read() == b"abcd"
 
 
+@pytest.mark.parametrize("make", [Latest, aio.Latest])
+def test_it_has_a_name(make):
+    with pytest.raises(errors.BadUrl, match="name"):
+        make(None, 8)
+
+
 def test_large_values():
     size = 1 << 20
     with Latest(URL, "1MiB") as latest:

@@ -111,7 +111,7 @@ static inline struct robust_word *witness_of(struct mutex *m)
 }
 void witness_take(struct self *me, struct mutex *m);
 
-/* Robust words by themselves, for crowd.c: own one that is 0 and nobody else looks for (the monitor is held); let go of it. */
+/* Robust words by themselves, for crowds: own one that is 0 and nobody else looks for (the monitor is held); let go of it. */
 void word_own(struct self *me, struct robust_word *word);
 void word_disown(struct self *me, struct robust_word *word);
 

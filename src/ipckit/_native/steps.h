@@ -1,4 +1,4 @@
-/* steps.h — the numbered steps of lock.c, crowd.c and latest.c, for the tests that kill a process at each of them. Nothing in the product. */
+/* steps.h — the numbered steps of locks, crowds and Latest, for the tests that kill a process at each of them. Nothing in the product. */
 #ifndef IPCKIT_STEPS_H
 #define IPCKIT_STEPS_H
 

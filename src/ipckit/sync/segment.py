@@ -26,9 +26,11 @@ from ._tenancy import Mode, Tenant
 _MODES = ("create", "attach", "create-or-attach")
 
 
-def checked(url: str | Url) -> Url:
+def checked(url: str | Url | None) -> Url:
+    """Raises BadUrl, UnknownScheme, BadOption."""
     name = _home.name_of(url)
-    assert name is not None
+    if name is None:
+        raise errors.BadUrl("it needs a name", hint="for example shm://frames")
     return name
 
 
