@@ -128,14 +128,22 @@ bool latest_newest(const struct latest_view *view, uint64_t *number, uint64_t *l
     return false;
 }
 
+static inline void copy_word(char *to, _Atomic uint64_t *from)
+{
+    uint64_t word = atomic_load_explicit(from, memory_order_acquire);
+    memcpy(to, &word, 8);
+}
+
 bool latest_copy(const struct latest_view *view, uint64_t number, void *out, uint64_t length)
 {
     struct latest_slot *slot = slot_of(view, number);
     char *to = out;
-    for (uint64_t i = 0; i < length / 8; i++) {
-        uint64_t word = atomic_load_explicit(&slot->words[i], memory_order_acquire);
-        memcpy(to + i * 8, &word, 8);
-    }
+    uint64_t whole = length / 8, i = 0;
+    for (; i + 8 <= whole; i += 8) /* eight at a time: how fast one would be depends on where the compiler happens to put the loop */
+        for (unsigned k = 0; k < 8; k++)
+            copy_word(to + (i + k) * 8, &slot->words[i + k]);
+    for (; i < whole; i++)
+        copy_word(to + i * 8, &slot->words[i]);
     if (length % 8) {
         uint64_t word = atomic_load_explicit(&slot->words[length / 8], memory_order_acquire);
         memcpy(to + length / 8 * 8, &word, length % 8);
