@@ -229,6 +229,29 @@ def test_nothing_is_left_in_redis() -> None:
                 assert b":calls" not in key or direct.xlen(key) == 0
 
 
+def test_a_server_that_is_full_says_so_to_every_call(url: str) -> None:
+    """Through a broker its calls come with a client that has been greeted by another server."""
+    with ipckit.Server(url, max_connections=1) as full, ipckit.client(url) as first:
+        full.expose("shop", Shop())
+        assert first.call("shop", "add", 1) == 2
+        with pytest.raises(errors.TargetBusy, match="1 connections already"):
+            ipckit.client(url, Shop, timeout=20)
+        with ipckit.Server(url, Shop()) as roomy, ipckit.client(url, Shop) as second, ipckit.client(url) as listening:
+            subscription = listening.subscribe(Order)  # of who has room
+            seen = set()
+            for number in range(100):
+                try:
+                    seen.add(second.add(number) == number + 1)
+                except errors.TargetBusy:
+                    seen.add("busy")
+            assert seen == {True, "busy"}
+            assert roomy.broadcast(Order("tea", 1)) == 1
+            assert subscription.recv(20) == Order("tea", 1)
+        assert first.call("shop", "add", 1) == 2
+        assert full.stats()["connections_active"] == 1
+        assert 3 <= full.stats()["connections_refused"] <= 110  # and nobody tries again and again
+
+
 def test_nobody_there_is_said(url: str) -> None:
     with pytest.raises(errors.NothingListening, match="nobody serves"):
         ipckit.client(url, Shop, timeout=0.3)

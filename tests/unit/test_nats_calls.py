@@ -14,6 +14,7 @@ from tests.unit.test_group_calls import Shop
 
 import ipckit
 import ipckit.aio
+from ipckit.rpc import _micro
 from ipckit.testing.conformance import broker
 from ipckit.testing.servers import Server, nats_server
 
@@ -107,3 +108,51 @@ def test_rubbish_costs_nobody_anything(url: str) -> None:
         asyncio.run(rubbish())
         assert shop.add(1, 2) == 3
         assert list(shop.count(3)) == [0, 1, 2]
+
+
+class Words(ipckit.Service):
+    def repeat(self, text: str, times: int) -> str:
+        return text * times
+
+    def shout(self, text: str, times: int) -> None:
+        raise ValueError(text * times)
+
+
+def test_an_answer_that_nats_does_not_take_fails_its_own_call(url: str) -> None:
+    """The NATS server breaks with who sends more than its max_payload, and with it every call would be lost."""
+    name = url.rpartition("/")[2]
+    with ipckit.Server(url, Words(), Shop()), ipckit.client(url, Shop) as shop:
+        answer = request(url, f"{name}.words.repeat", b'{"text": "x", "times": 2000000}')
+        assert answer.headers is not None
+        assert answer.headers["Nats-Service-Error-Code"] == "413"
+        answer = request(url, f"{name}.words.shout", b'{"text": "x\\u0000", "times": 1000000}')
+        assert answer.headers is not None
+        assert answer.headers["Nats-Service-Error"].startswith("ValueError: xxx")
+        assert shop.add(1, 2) == 3
+        stats = ServiceStats.from_dict(json.loads(request(url, f"$SRV.STATS.{name}").data))
+        assert {each.name: each.num_errors for each in stats.endpoints if each.num_requests} == {
+            "words_repeat": 1,
+            "words_shout": 1,
+        }
+
+
+def test_only_what_stock_clients_can_name_is_counted_and_listed(url: str) -> None:
+    name = url.rpartition("/")[2]
+    with ipckit.Server(url) as server:
+        server.expose("with a space", Shop())
+        server.expose("a_b", Shop())
+        request(url, f"{name}.a_b.Order", b'{"item": "tea", "qty": 2}')  # by the message, and counted for the method
+        request(url, f"{name}.a.b_order")  # another's, though the names look alike
+        stats = ServiceStats.from_dict(json.loads(request(url, f"$SRV.STATS.{name}").data))
+        found = {each.name: each for each in stats.endpoints}
+        assert {each.partition("_")[0] for each in found} == {"a"}
+        assert (found["a_b_order"].num_requests, found["a_b_order"].num_errors) == (1, 0)
+        assert server.stats()["connections_active"] == 0  # they are no connections
+
+
+@pytest.mark.parametrize(
+    ("version", "semantic"),
+    [("1.2.3", "1.2.3"), ("0.1.dev3+g1234.d2", "0.1.0"), ("2", "2.0.0"), ("1.2.3.4rc1", "1.2.3")],
+)
+def test_the_version_is_semantic(version: str, semantic: str) -> None:
+    assert _micro._semantic(version) == semantic

@@ -146,8 +146,6 @@ class Base(Endpoint):
                 ) from timeout
             except errors.PeerError as error:
                 conn.close()
-                if conn.core.refusal is not None:
-                    raise failures.error_of(conn.core.refusal, self.url, "client") from error
                 if self._place.end is not None:
                     raise
                 last = error
@@ -170,6 +168,8 @@ class Base(Endpoint):
         yield from conn.flush()
         while conn.core.server is None:
             conn.heard((yield from conn.receive()))
+            if conn.core.refusal is not None:
+                raise failures.error_of(conn.core.refusal, self.url, "client")
         yield from self._resubscribe(conn)
         for (target, _), contract in tuple(self._expected.items()):
             yield from self._agree(conn, target, contract)

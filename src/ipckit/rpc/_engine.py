@@ -30,6 +30,7 @@ from ._exposed import Exposed, Services
 from ._foreign import unfit
 from ._intercepting import to_be_awaited
 from ._limits import COUNTS, ServerOptions, ShutdownReport, statistics
+from ._micro import MicroLink
 from ._reception import Complaints, Reception, farewell
 from ._servercore import Changed, ServerCall, Started
 from ._serving import Job
@@ -78,6 +79,9 @@ class Engine:
         self._reception = Reception(self)
         self._complaints = Complaints(url)
         self._connections: set[ServerConnection] = set()
+        self._strangers: ServerConnection | None = (
+            None  # one of them: no client, but where those come from who have no link
+        )
         self._returned: deque[ServerConnection] = deque()  # to be heard, flushed and watched
         self._graves: deque[ServerConnection] = deque()  # lost, to be closed: after those that live
         self._timed: set[ServerConnection] = set()
@@ -148,10 +152,13 @@ class Engine:
         return link is not None
 
     def _admit(self, link: Link) -> None:
-        self.counts["connections_accepted"] += 1
-        conn = self._reception.admit(link, len(self._connections) >= self.options.max_connections)
+        strangers = isinstance(link, MicroLink)
+        self.counts["connections_accepted"] += not strangers
+        conn = self._reception.admit(link, not strangers and self.connections >= self.options.max_connections)
         if conn is None:
             return
+        if strangers:
+            self._strangers = conn
         if self.stopping:
             conn.core.goodbye()
         if not conn.excess:
@@ -338,7 +345,7 @@ class Engine:
 
     @property
     def connections(self) -> int:
-        return len(self._connections)
+        return len(self._connections) - (self._strangers in self._connections)
 
     def _begin(self, job: Job, exposed: Exposed, elsewhere: bool) -> None:
         if exposed.method.coroutine or (self.awaited and not exposed.open):
@@ -453,7 +460,7 @@ class Engine:
                 "calls": self.counts["calls"] + quick,
                 "messages_received": self.counts["messages_received"] + quick,
                 "errors": self.counts["errors"] + self.counts["protocol_errors"],
-                "connections_active": len(self._connections),
+                "connections_active": self.connections,
                 "in_flight": self.in_flight,
             }
         )

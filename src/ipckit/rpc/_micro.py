@@ -8,9 +8,10 @@ the result in JSON. An error has the headers `Nats-Service-Error` and `Nats-Serv
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -36,6 +37,10 @@ _CODES = {
     "SHUTTING_DOWN": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+#: What ADR-32 takes for the name of an endpoint, and a client for a word of a subject.
+_WORD = re.compile(r"[A-Za-z0-9_-]+")
+#: Characters of an error's text: it stands in a header as well as in the body, and an answer has a largest size.
+_TEXT = 2000
 
 
 @runtime_checkable
@@ -45,11 +50,15 @@ class Responding(Exchange, Protocol):
     Attributes:
         micro: what their subjects begin with.
         service, key: the names of the service, and of this instance of it.
+        largest: bytes of one answer; the broker breaks with who sends more.
     """
 
     micro: str
     service: str
     key: str
+
+    @property
+    def largest(self) -> int: ...
 
     def respond(self, to: str, body: bytes, headers: bytes = b"") -> None: ...
 
@@ -66,12 +75,6 @@ class _InJson(Native):
     named = True
 
 
-class _Asked(NamedTuple):
-    reply: str
-    endpoint: str
-    began: float
-
-
 class _Count:
     __slots__ = ("errors", "last_error", "requests", "seconds")
 
@@ -81,13 +84,21 @@ class _Count:
         self.last_error = ""
 
 
+class _Asked(NamedTuple):
+    """`tally`: of the endpoint that was asked; None where there is none of this name."""
+
+    reply: str
+    tally: _Count | None
+    began: float
+
+
 class Micro:
     """The service. `link` is every stock client together."""
 
     def __init__(self, exchange: Responding, engine: _Serving) -> None:
         self._exchange, self._engine = exchange, engine
         self._started = datetime.now(UTC)
-        self._counts: dict[str, _Count] = {}
+        self._counts: dict[tuple[str, str], _Count] = {}  # by target and method
         self.link = MicroLink(self)
 
     def request(self, came: Came) -> None:
@@ -107,31 +118,32 @@ class Micro:
             "type": f"io.nats.micro.v1.{verb.lower()}_response",
             "name": self._exchange.service,
             "id": self._exchange.key,
-            "version": version("ipckit"),
+            "version": _semantic(version("ipckit")),
             "metadata": self._engine.services.fingerprints(),
         }
         if verb == "INFO":
             found["description"] = "an ipckit server"
-            found["endpoints"] = [{**each, "metadata": {}} for each in self._endpoints()]
+            found["endpoints"] = [{**each, "metadata": {}} for _, each in self._endpoints()]
         elif verb == "STATS":
             found["started"] = self._started.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-            found["endpoints"] = [{**each, **self._stats(each["name"])} for each in self._endpoints()]
+            found["endpoints"] = [{**each, **self._stats(key)} for key, each in self._endpoints()]
         return found
 
-    def _endpoints(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": f"{target}_{method.name}",
-                "subject": f"{self._exchange.micro}.{target}.{method.name}",
-                "queue_group": "q",
-            }
-            for target, contract in self._engine.services.contracts.items()
-            if target != BUILT_IN
-            for method in contract.methods.values()
-            if method.shape is Shape.UNARY
-        ]
+    def _endpoints(self) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+        """What stock clients can call, by target and method."""
+        for target, contract in self._engine.services.contracts.items():
+            for method in contract.methods.values():
+                if method.shape is Shape.UNARY and target != BUILT_IN and _WORD.fullmatch(f"{target}_{method.name}"):
+                    yield (
+                        (target, method.name),
+                        {
+                            "name": f"{target}_{method.name}",
+                            "subject": f"{self._exchange.micro}.{target}.{method.name}",
+                            "queue_group": "q",
+                        },
+                    )
 
-    def _stats(self, endpoint: str) -> dict[str, Any]:
+    def _stats(self, endpoint: tuple[str, str]) -> dict[str, Any]:
         count = self._counts.get(endpoint) or _Count()
         spent = int(count.seconds * 1e9)
         return {
@@ -145,16 +157,26 @@ class Micro:
 
     # -- answers -----------------------------------------------------------------------------------------------------------
 
+    def count_of(self, endpoint: tuple[str, str]) -> _Count:
+        return self._counts.setdefault(endpoint, _Count())
+
     def result(self, asked: _Asked, body: bytes) -> None:
-        self._count(asked)
+        largest = self._exchange.largest
+        if len(body) > largest:
+            why = f"the answer is {len(body)} bytes, and the NATS server takes {largest}"
+            self.failure(asked, events.Failure(0, "TOO_LARGE", why))
+            return
+        _took(asked)
         if asked.reply:
             self._exchange.respond(asked.reply, body)
 
     def failure(self, asked: _Asked, failure: events.Failure) -> None:
-        count = self._count(asked)
         text = " ".join(f"{failure.type}: {failure.message}".removeprefix(": ").split())
-        count.errors += 1
-        count.last_error = f"{failure.code}:{text}"
+        text = "".join(filter(str.isprintable, text))[:_TEXT]
+        _took(asked)
+        if asked.tally is not None:
+            asked.tally.errors += 1
+            asked.tally.last_error = f"{failure.code}:{text}"
         if asked.reply:
             code = _CODES.get(failure.code, 500)
             headers = f"NATS/1.0\r\nNats-Service-Error: {text}\r\nNats-Service-Error-Code: {code}\r\n\r\n"
@@ -162,11 +184,18 @@ class Micro:
                 asked.reply, msgspec.json.encode({"error": failure.code, "message": text}), headers.encode()
             )
 
-    def _count(self, asked: _Asked) -> _Count:
-        count = self._counts.setdefault(asked.endpoint, _Count())
-        count.requests += 1
-        count.seconds += time.monotonic() - asked.began
-        return count
+
+def _took(asked: _Asked) -> None:
+    if asked.tally is not None:
+        asked.tally.requests += 1
+        asked.tally.seconds += time.monotonic() - asked.began
+
+
+def _semantic(version: str) -> str:
+    """A version as ADR-32 wants it, without what Python adds to one: 1.2.dev3+local is 1.2.0."""
+    release = re.match(r"\d+(?:\.\d+)*", version)
+    numbers = [*(release[0].split(".") if release else ()), "0", "0", "0"]
+    return ".".join(numbers[:3])
 
 
 class MicroLink:
@@ -185,22 +214,22 @@ class MicroLink:
 
     def put(self, came: Came, target: str, method: str) -> None:
         id = next(self._ids) & 0xFFFFFFFF or next(self._ids)
-        asked = self._asked[id] = _Asked(came.who, f"{target}_{method}", time.monotonic())
-        metadata, ttl = _read_headers(came.head or {})
         exposed = self._micro._engine.services.find(target, method)
-        if target == BUILT_IN or (exposed is not None and exposed.method.shape is not Shape.UNARY):
-            self._asked.pop(id)
-            self._micro.failure(
-                asked, events.Failure(id, "UNKNOWN_METHOD", f"{target}.{method} is not for one request")
-            )
+        fit = target != BUILT_IN and (exposed is None or exposed.method.shape is Shape.UNARY)
+        count = self._micro.count_of((target, exposed.method.name)) if exposed is not None and fit else None
+        asked = _Asked(came.who, count, time.monotonic())
+        if not fit:
+            why = f"{target}.{method} is not for one request"
+            self._micro.failure(asked, events.Failure(id, "UNKNOWN_METHOD", why))
             return
-        event = events.Call(id, target, method, came.body or b"null", ttl, metadata)
+        metadata, ttl = _read_headers(came.head or {})
         try:
-            self._inbox.extend(self.dialect.encode(event))
-        except errors.MessageTooLarge as error:
-            self._asked.pop(id)
+            frames = self.dialect.encode(events.Call(id, target, method, came.body or b"null", ttl, metadata))
+        except errors.ProtocolError as error:
             self._micro.failure(asked, events.Failure(id, "TOO_LARGE", error.message))
             return
+        self._asked[id] = asked
+        self._inbox.extend(frames)
         self._bell.ring()
 
     def try_send(self, frame: Any) -> bool:

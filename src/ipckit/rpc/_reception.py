@@ -73,8 +73,9 @@ class Reception:
             dialect = dialect or self._engine.dialect()
             conn = ServerConnection(link, self.core(dialect), self._engine.url)
             if excess:
-                self._tell(conn, [events.Failure(0, "TARGET_BUSY", self._full())])
+                self._tell(conn, [events.Failure(0, "TARGET_BUSY", self._full()), *self._refused_calls(link, dialect)])
                 conn.close()
+                self._engine.counts["connections_refused"] += 1
                 return None
             return conn
         conn = ServerConnection(link, self.core(Unspoken()), self._engine.url)
@@ -87,6 +88,15 @@ class Reception:
         else:
             self._expect(conn, conn.since)
         return conn
+
+    def _refused_calls(self, link: Link, dialect: Dialect) -> list[events.Failure]:
+        """Through a broker the calls come with who makes them: each is to be told, or nobody would answer it."""
+        found: list[events.Failure] = []
+        with suppress(errors.IpcError):
+            while (frame := link.try_recv()) is not None:
+                asked = [each.id for each in dialect.decode(frame) if isinstance(each, events.Call) and each.id]
+                found += [events.Failure(id, "TARGET_BUSY", self._full()) for id in asked]
+        return found
 
     def recognised(self, conn: ServerConnection) -> bool:
         """It has said enough to know what it speaks. Raises ProtocolError for what nobody speaks, and as `try_recv`."""

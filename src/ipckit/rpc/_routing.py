@@ -73,6 +73,7 @@ class Router:
         self._types: set[str] = set()
         self._hello: bytes | None = None
         self._greeter = ""
+        self._full: set[str] = set()  # servers that have no room for us
         self._end: errors.IpcError | None = None
         for server in exchange.servers():
             self._meet(server)
@@ -138,11 +139,14 @@ class Router:
                 self._over(id)
         return True
 
-    def _greet(self) -> None:
-        servers = self._exchange.servers()
-        if servers and self._hello is not None:
-            self._greeter = random.choice(servers)
-            self._exchange.try_post(self._greeter, self._hello)
+    def _greet(self) -> bool:
+        """One of the servers that may have room for us. False: none may."""
+        servers = [server for server in self._exchange.servers() if server not in self._full]
+        if not servers or self._hello is None:
+            return False
+        self._greeter = random.choice(servers)
+        self._exchange.try_post(self._greeter, self._hello)
+        return True
 
     def _subscription(self, frame: bytes) -> None:
         event = _native.decode(frame)[0]
@@ -204,6 +208,11 @@ class Router:
 
     def _heard(self, came: Came) -> bytes | None:
         kind, id = kind_and_id(came.body)
+        if kind == FAILURE and not id:
+            return self._refused(came)
+        if came.who in self._full and kind != FAILURE:  # it has room by now
+            self._full.discard(came.who)
+            self._meet(came.who)
         if kind in (RESULT, FAILURE, END):
             self._over(id)
         elif kind == HELLO:
@@ -215,6 +224,12 @@ class Router:
         elif kind != PUSH and (way := self._ways.get(id)) is not None:
             self._found(way, came.who)
         return came.body
+
+    def _refused(self, came: Came) -> bytes | None:
+        """It has no room for us. That matters only if we have not been greeted, and nobody else has."""
+        self._full.add(came.who)
+        wanted = self._hello is not None and came.who == self._greeter
+        return came.body if wanted and not self._greet() else None
 
     def _over(self, id: int) -> None:
         self._ways.pop(id, None)
@@ -244,12 +259,14 @@ class Router:
                 self._fail(id, code, text)
             elif not way.server:
                 self._inquire(id, way)
+        if came.what != "reset":
+            self._full.discard(came.who)
         if not self._exchange.servers():
             kind = errors.PeerClosed if came.what == "left" else errors.PeerDied
             self._end = kind("the last server of this name is gone", url=self._url)
         elif self._hello is not None and self._greeter == came.who:
             self._greet()
-        elif came.what == "reset" and self._types:
+        elif came.what == "reset" and self._types and came.who not in self._full:
             self._meet(came.who)
 
     def _fail(self, id: int, code: str, why: str) -> None:

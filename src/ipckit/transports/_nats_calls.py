@@ -136,6 +136,11 @@ class NatsExchange:
     def native(self) -> Any:
         return self._connection.client
 
+    @property
+    def largest(self) -> int:
+        """Of one message, headers and all."""
+        return int(self._connection.client.max_payload)
+
     def ring(self) -> None:
         self._bell.ring()
         self._room.ring()
