@@ -99,6 +99,10 @@ class Gate:
                     os.eventfd_write(self._bell, 1)
             return self._bell
 
+    def prepare(self) -> None:
+        """Take now the descriptor that the first sleep would take: who must not fail for want of one calls this early."""
+        assert self.bell >= 0
+
     def readiness(self) -> _Readiness:
         import asyncio
 

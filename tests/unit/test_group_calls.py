@@ -16,6 +16,7 @@ import pytest
 
 import ipckit
 from ipckit import errors
+from ipckit.rpc import using
 from ipckit.testing.conformance import broker
 from ipckit.testing.servers import Server, nats_server, redis_server
 
@@ -199,13 +200,7 @@ def test_both_sides_outlive_the_broker(start: Callable[..., object]) -> None:
             assert shop.add(1) == 2
             private.kill()
             private.start()
-            until = time.monotonic() + 30
-            while True:
-                try:
-                    assert shop.add(2) == 3
-                    break
-                except errors.PeerError:
-                    assert time.monotonic() < until
+            again(lambda: shop.add(2) == 3)
 
 
 def test_nothing_is_left_in_redis() -> None:
@@ -227,6 +222,57 @@ def test_nothing_is_left_in_redis() -> None:
             for key in direct.keys("*"):
                 assert direct.pttl(key) > 0
                 assert b":calls" not in key or direct.xlen(key) == 0
+        with redis.Redis.from_url(private.url) as direct:
+            eventually(lambda: direct.keys("*") == [])
+
+
+def test_a_call_that_no_server_took_leaves_redis_with_its_client() -> None:
+    import redis
+
+    with broker(redis_server(private=True)) as private, redis.Redis.from_url(private.url) as direct:
+        url = address(private)
+        command = [sys.executable, "-c", KILLED, url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=os.getcwd()) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"ready\n"
+            try:
+                with ipckit.client(url, Shop) as shop:
+                    assert shop.add(1) == 2
+                    other.send_signal(signal.SIGSTOP)
+                    for _ in range(3):
+                        with pytest.raises(errors.DeadlineExceeded):
+                            using(shop, timeout=0.05).add(1)
+                (calls,) = direct.keys("*:calls")
+                eventually(
+                    lambda: direct.xlen(calls) == 1
+                )  # which the server has been given, as it was waiting for one
+            finally:
+                other.kill()
+        with pytest.raises(errors.NothingListening):
+            ipckit.client(url, Shop, timeout=0.1)
+
+
+def test_a_redis_that_forgot_everything_is_joined_again(caplog: pytest.LogCaptureFixture) -> None:
+    """FLUSHALL, or a replica that was behind: the keys are gone, the connections are not."""
+    import redis
+
+    with broker(redis_server(private=True)) as private, redis.Redis.from_url(private.url) as direct:
+        url = address(private)
+        with ipckit.Server(url, Shop()), ipckit.client(url, Shop, timeout=30) as shop:
+            assert shop.add(1) == 2
+            direct.flushall()
+            again(lambda: shop.add(2) == 3)
+        assert "connecting again" in caplog.text
+
+
+def again(call: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while True:
+        try:
+            assert call()
+            return
+        except errors.PeerError:
+            assert time.monotonic() < until
 
 
 def test_a_server_that_is_full_says_so_to_every_call(url: str) -> None:

@@ -8,6 +8,8 @@ import os
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -559,6 +561,35 @@ def test_who_says_nothing_is_let_go(service):
         assert server.stats()["connections_idle_closed"] >= 3
 
 
+def test_who_is_slow_is_not_silent(server):
+    """What moves on a connection counts, not only what is complete."""
+    with Caller(server.url, "seed-json") as caller:
+        caller.call("divide", {"a": 1, "b": 2})
+        (conn,) = server._engine._connections
+
+        def moved(since: float) -> None:
+            deadline = time.monotonic() + 30
+            while conn.active <= since:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+
+        body = caller.write(
+            {"target": "calculator", "message_type": "repeat", "expects_reply": True}
+            | {"payload": {"text": "x", "times": 12 << 20}, "request_id": "y" * 1000}
+        )
+        for piece in (struct.pack(">I", len(body)) + body[:400], body[400:800], body[800:]):
+            before = conn.active
+            caller.sock.sendall(piece)
+            moved(before)
+        (size,) = struct.unpack(">I", caller.exactly(4))
+        for _ in range(3):  # it goes as far as the socket takes it
+            before = conn.active
+            size -= len(caller.exactly(2 << 20))
+            moved(before)
+        assert len(caller.exactly(size)) == size
+        assert caller.call("divide", {"a": 1, "b": 2})["payload"] == 0.5
+
+
 @pytest.mark.parametrize("setting", [{"connection_timeout": 0}, {"requests_per_second": 0}, {"burst_size": -1}])
 def test_settings_that_mean_nothing_are_refused(setting, service):
     with pytest.raises(errors.BadOption):
@@ -699,3 +730,53 @@ def test_a_live_socket_is_an_error_and_a_stale_one_is_replaced(server, service):
         stale.bind(left)
     with ipckit.Server("unix://left", service) as second, Caller(second.url, "seed-json") as caller:
         assert caller.call("add", {"a": 1, "b": 1})["success"]
+
+
+EXHAUSTED = """
+import os, resource, sys, ipckit
+from tests.unit.test_listener import Calculator
+with ipckit.Server(sys.argv[1], Calculator()) as server:
+    taken = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 8, taken + 8))
+    print(server.url.host.port, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_server_without_descriptors_serves_on_when_it_has_some_again():
+    """More come than it may open. None of its own cleaning up needs one."""
+    command = [sys.executable, "-c", EXHAUSTED, "tcp://127.0.0.1:0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            place = ("127.0.0.1", int(process.stdout.readline()))
+            many = [socket.create_connection(place) for _ in range(40)]
+            assert b"cannot accept" in process.stderr.readline()
+            for each in many:
+                each.close()
+            with ipckit.client(f"tcp://127.0.0.1:{place[1]}", Calculator, timeout=30) as client:
+                assert client.add(AddRequest(1, 1)) == AddResult(2)
+        finally:
+            process.kill()
+
+
+def test_a_server_that_cannot_go_on_ends_and_says_so(service, caplog):
+    def broken(_: object) -> None:
+        raise OSError("no more of this")
+
+    with ipckit.Server("unix://calc", service) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(server._engine), "_settle", broken)
+        with Caller(server.url, "seed-json"):
+            assert server.wait(30)
+        assert "OSError: no more of this" in caplog.text
+
+    async def main() -> None:
+        async with aio.Server("unix://calc", service) as server:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(server._engine), "_settle", broken)
+                with Caller(server.url, "seed-json"):
+                    assert await server.wait(30)
+        assert caplog.text.count("OSError: no more of this") == 2
+
+    asyncio.run(main())

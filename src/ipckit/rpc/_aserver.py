@@ -96,9 +96,14 @@ class AsyncServer(BaseServer):
         return self
 
     async def _watch(self) -> None:
-        with suppress(errors.Closed):
+        try:
             await arun(self._engine.watching(), self._watcher_lane, None)
             await self.close()  # it had one client, who has left
+        except errors.Closed:
+            pass
+        except Exception as error:  # ours, or the machine's: nothing of the user's gets here
+            self._engine.failing(error)
+            await self.close()
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Until the server has ended. False when it still runs after `timeout` seconds."""

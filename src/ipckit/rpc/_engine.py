@@ -166,7 +166,9 @@ class Engine:
         self._returned.append(conn)
 
     def _stir(self, conn: ServerConnection) -> None:
-        """Something comes on a connection that nobody attends."""
+        """Something comes on a connection that nobody attends; or goes, where it was blocked."""
+        if conn.spoken:  # who takes a long message, or sends one, is not silent for as long as that takes
+            conn.active = time.monotonic()
         with conn.mutex:
             ours = conn.spoken and not conn.envelope
             alone = ours and not conn.core.calls and not conn.blocked and not conn.lost
@@ -427,6 +429,10 @@ class Engine:
             raise unwritable(error, self.url, "broadcast") from error
 
     # -- ends ----------------------------------------------------------------------------------------------------------
+
+    def failing(self, error: Exception) -> None:
+        """The watcher can go on no more: the server ends, rather than that it seems to be there."""
+        _log.critical("%s: the server ends, by an error that it cannot serve on after", self.url, exc_info=error)
 
     def lose(self, conn: ServerConnection, error: errors.IpcError) -> None:
         """This connection is over: its calls are cancelled. From any thread; the watcher closes the link."""

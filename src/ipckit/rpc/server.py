@@ -71,6 +71,7 @@ class BaseServer(Endpoint):
         self._engine = Engine(listener.url, listener, options, interceptors, threads=threads)
         super().__init__(self._engine, listener.url, opened.capabilities)
         self._watcher_gate = Gate(self.url, self._engine.release)
+        self._watcher_gate.prepare()
         self._watcher_lane = Lane(self._watcher_gate, "serve")
         self._report: ShutdownReport | None = None
         for service in services:
@@ -182,6 +183,9 @@ class Server(BaseServer):
             self.close()  # it had one client, who has left
         except errors.Closed:
             pass
+        except Exception as error:  # ours, or the machine's: nothing of the user's gets here
+            self._engine.failing(error)
+            self.close()
         finally:
             self._watcher_gate.close()
 

@@ -12,6 +12,7 @@ has left is cleared away by its clients, and by the other servers; the keys expi
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -28,6 +29,8 @@ from ._mail import merge
 from ._redis_address import Address, Native
 from ._redis_wire import Wire, map_redis, open_wire
 
+_log = logging.getLogger("ipckit")
+
 FRAME, HERE, BYE, LEFT = b"F", b"H", b"B", b"L"
 _GROUP = "servers"
 _MAX_HELD = 4 << 20  # bytes of commands that the kernel has not taken, before a sender waits
@@ -40,20 +43,29 @@ _REPAIR_EVERY = 0.02
 _LOST = (errors.PeerError, errors.NothingListening)
 _TAKE = 16  # calls that one server takes at a time
 
+#: The stream goes with the last server, when nothing is in it.
+_CLEAR = "if redis.call('SCARD', KEYS[2]) == 0 and redis.call('XLEN', KEYS[1]) == 0 then redis.call('DEL', KEYS[1]) end"
 #: Who has taken a call: its consumer; "" when it is not in the stream any more; nothing while nobody has.
 _WHO_HAS = """
-local found = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)
+local found = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)
 if found[1] then return found[1][2] end
 if not redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])[1] then return '' end
 return false
 """
 #: Take a call back that nobody has taken. 1: it is taken back.
-_TAKE_BACK = """
-if redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)[1] then return 0 end
-return redis.call('XDEL', KEYS[1], ARGV[2])
+_TAKE_BACK = (
+    """
+if redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)[1] then return 0 end
+local taken = redis.call('XDEL', KEYS[1], ARGV[2])
 """
+    + _CLEAR
+    + """
+return taken
+"""
+)
 #: Forget a server that is dead, and the calls that it had.
-_BURY = """
+_BURY = (
+    """
 redis.call('SREM', KEYS[2], ARGV[2])
 redis.call('DEL', ARGV[2])
 while true do
@@ -65,8 +77,9 @@ while true do
   end
 end
 redis.pcall('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
-return 1
 """
+    + _CLEAR
+)
 
 
 class RedisExchange:
@@ -117,12 +130,12 @@ class RedisExchange:
         yield from ask("XADD", self.address, "0-1", "d", "")
         yield from ask("PEXPIRE", self.address, lifetime)
         if self._serving:
+            yield from ask("SADD", self._key("servers"), self.address)
             try:
                 yield from ask("XGROUP", "CREATE", self._key("calls"), _GROUP, "0", "MKSTREAM")
             except errors.IpcError as error:
                 if "BUSYGROUP" not in error.message:
                     raise
-            yield from ask("SADD", self._key("servers"), self.address)
             for client in (yield from ask("SMEMBERS", self._key("clients"))):
                 self._tell(client.decode(), HERE)
             yield from self._bury_the_dead()
@@ -177,6 +190,9 @@ class RedisExchange:
         def added(reply: Any) -> None:
             if isinstance(reply, Exception):
                 self._fail(reply)
+            elif reply is None and id:  # the last server has left, and the stream with it
+                self._came.append(Came("nobody", "", id, b"not taken"))
+                self._news.ring()
             elif id in self._live and who == self.address:
                 self._entries[id] = reply
             if id in self._wanted and who == self.address:
@@ -184,7 +200,7 @@ class RedisExchange:
                 self._looking -= 1
                 self.inquire(id)
 
-        self._writer.tell(added, "XADD", self._key("calls"), "*", "w", who, "i", id, "d", frame)
+        self._writer.tell(added, "XADD", self._key("calls"), "NOMKSTREAM", "*", "w", who, "i", id, "d", frame)
 
     def try_post(self, to: str, frame: bytes) -> bool:
         with self._mutex:
@@ -204,7 +220,11 @@ class RedisExchange:
         self._writer.tell(added, "XADD", to, "NOMKSTREAM", "*", "w", self.address, "d", letter)
 
     def _fail(self, reply: Exception) -> None:
-        self._error = self._error or map_redis(reply, self.url, "call")
+        """Redis refuses what we need. Whatever it says, we begin anew: the keys may have been flushed, or memory may come."""
+        if self._error is None:
+            error = map_redis(reply, self.url, "call")
+            _log.warning("%s: %s; connecting again", self.url, error.message)
+            self._error = error if isinstance(error, _LOST) else errors.PeerDied(error.message, url=self.url)
 
     def try_flush(self) -> bool:
         with self._mutex:
@@ -315,7 +335,9 @@ class RedisExchange:
                 self._adopt(wires)
                 yield from self.begin()
                 return
-            except (errors.NothingListening, errors.PeerError) as error:
+            except errors.Closed:
+                raise
+            except errors.IpcError as error:
                 for wire in wires:
                     wire.close()
                 # To who has an answer to send meanwhile it is a lost connection, not an address that leads nowhere.
@@ -465,9 +487,7 @@ class RedisExchange:
                 self._ask_again_at = time.monotonic() + _ASK_AGAIN
             else:
                 self._looking += 1
-                self._writer.tell(
-                    lambda back: self._took_back(id, back), "EVAL", _TAKE_BACK, 1, self._key("calls"), _GROUP, entry
-                )
+                self._take_back(entry, lambda back: self._took_back(id, back))
                 self._pump(self._writer)
         elif id in self._vanished:  # its answer would have come by now
             self._vanished.discard(id)
@@ -475,6 +495,9 @@ class RedisExchange:
         else:
             self._vanished.add(id)
         self._news.ring()
+
+    def _take_back(self, entry: bytes, handler: Callable[[Any], None] | None) -> None:
+        self._writer.tell(handler, "EVAL", _TAKE_BACK, 2, self._key("calls"), self._key("servers"), _GROUP, entry)
 
     def _took_back(self, id: int, reply: Any) -> None:
         self._looking -= 1
@@ -531,6 +554,8 @@ class RedisExchange:
                 self._tell(who, LEFT)
             if self._serving:
                 self._bury(self.address)
+            for entry in self._entries.values():  # nobody is to begin what nobody waits for
+                self._take_back(entry, None)
             self._writer.tell(None, "SREM", self._key("clients"), self.address)
             self._writer.tell(None, "DEL", self.address)
             if self._repair is not None:

@@ -90,7 +90,11 @@ class TcpLink(FdLink):
         if self.closed or self.pid != os.getpid():  # in a forked child the connection is the parent's
             super().close(goodbye)
             return
-        ours = self.native.socket()
+        try:
+            ours = self.native.socket()
+        except OSError:  # not a descriptor is to be had; to give this one back comes first
+            super().close(goodbye)
+            return
         super().close(goodbye)
         _linger.finish(ours)
 
