@@ -590,10 +590,29 @@ def test_who_is_slow_is_not_silent(server):
         assert caller.call("divide", {"a": 1, "b": 2})["payload"] == 0.5
 
 
-@pytest.mark.parametrize("setting", [{"connection_timeout": 0}, {"requests_per_second": 0}, {"burst_size": -1}])
-def test_settings_that_mean_nothing_are_refused(setting, service):
-    with pytest.raises(errors.BadOption):
-        ipckit.Server("unix://calc", service, **setting)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"connection_timeout": 0},
+        {"connection_timeout": float("nan")},
+        {"requests_per_second": 0},
+        {"requests_per_second": "fast"},
+        {"requests_per_second": 1, "burst_size": -1},
+        {"requests_per_second": 1, "burst_size": 0.5},
+        {"burst_size": 10},  # of what?
+        {"max_connections": 0},
+        {"max_concurrent": "5"},
+        {"max_per_connection": True},
+        {"workers": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("url", ["unix://calc", "grpc+unix://calc"])
+def test_settings_that_mean_nothing_are_refused(setting, service, url):
+    with pytest.raises(errors.BadOption, match=next(reversed(setting))):
+        ipckit.Server(url, service, **setting)
+    with pytest.raises(errors.BadOption, match=next(reversed(setting))):
+        aio.Server(url, service, **setting)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -157,6 +157,19 @@ def test_a_stock_client_calls_by_reflection(server: ipckit.Url) -> None:
         assert [each.result for each in call(iter([request(by=3, numbers=1), request(numbers=2)]))] == [3, 6]
 
 
+def test_reflection_has_the_name_that_newer_tools_ask_for(server: ipckit.Url) -> None:
+    from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
+
+    with grpc.insecure_channel(str(server.host)) as channel:
+        ask = channel.stream_stream(
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            ServerReflectionRequest.SerializeToString,
+            ServerReflectionResponse.FromString,
+        )
+        (answer,) = ask(iter([ServerReflectionRequest(list_services="")]))
+    assert "shop.Shop" in {each.name for each in answer.list_services_response.service}
+
+
 def test_errors_have_codes_and_details(server: ipckit.Url) -> None:
     from google.rpc import error_details_pb2
     from grpc_status import rpc_status
@@ -332,8 +345,10 @@ def test_more_calls_than_allowed_are_refused(shop: Shop) -> None:
             client.price("tea")
         shop.free.set()
         thread.join(10)
-        assert eventually(lambda: made.stats()["in_flight"] == 0)
+        assert eventually(lambda: made.stats()["in_flight_requests"] == 0)
         assert client.price("tea") == 3
+        stats = made.stats()
+        assert (stats["messages_processed"], stats["backpressure_rejections"]) == (2, 1)
 
 
 def test_a_server_that_shuts_down_lets_calls_finish_or_says_so(shop: Shop) -> None:

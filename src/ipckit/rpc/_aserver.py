@@ -51,9 +51,6 @@ class AsyncServer(BaseServer):
         interceptors: Sequence[ServerInterceptor] = (),
         require: Collection[str] = (),
     ) -> None:
-        self._opened = Place(where, require, "serve")
-        self.url = self._opened.url
-        self._services = services
         self._serving = ServerOptions(
             workers,
             max_connections,
@@ -64,6 +61,9 @@ class AsyncServer(BaseServer):
             requests_per_second,
             burst_size,
         )
+        self._opened = Place(where, require, "serve")
+        self.url = self._opened.url
+        self._services = services
         self._interceptors = tuple(interceptors)
         self._timeout = timeout
         self._watcher: asyncio.Task[None] | None = None

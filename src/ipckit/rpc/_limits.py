@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .. import errors
 from ._servercore import CORE_COUNTS
@@ -35,12 +36,20 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for name in ("workers", "max_connections", "max_concurrent", "max_per_connection"):
-            if getattr(self, name) < 1:
-                raise errors.BadOption(f"{name} is {getattr(self, name)!r}, and has to be 1 or more")
-        for name in ("connection_timeout", "requests_per_second", "burst_size"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise errors.BadOption(f"{name} is {value!r}, and has to be more than 0, or None")
+            _check(name, getattr(self, name), int, 1)
+        for name, kind in (("connection_timeout", float), ("requests_per_second", float), ("burst_size", int)):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), kind, 1 if kind is int else 0)
+        if self.burst_size is not None and self.requests_per_second is None:
+            raise errors.BadOption("burst_size means nothing without requests_per_second")
+
+
+def _check(name: str, value: Any, kind: type, least: int) -> None:
+    """A whole number from `least` on, or any number above it. Raises BadOption."""
+    number = isinstance(value, int) or (kind is float and isinstance(value, float))
+    if not number or isinstance(value, bool) or not (value > least or (kind is int and value == least)):
+        want = f"a whole number, {least} at least" if kind is int else f"more than {least}, or None"
+        raise errors.BadOption(f"{name} is {value!r}, and has to be {want}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +78,12 @@ COUNTS = (
 
 def statistics(own: dict[str, int]) -> dict[str, int]:
     """With the names of the envelope protocol: the seed's, and those of its versioned successor."""
-    return own | {
-        "active_connections": own["connections_active"],
+    found = own | {
         "messages_processed": own["calls"],
         "messages_routed": own["calls"] + own["in_flight"],
         "in_flight_requests": own["in_flight"],
         "push_notifications_sent": own["pushes"],
     }
+    if "connections_active" in own:  # gRPC does not tell
+        found["active_connections"] = own["connections_active"]
+    return found

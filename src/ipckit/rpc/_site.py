@@ -37,13 +37,16 @@ from ._bridges import FromLoop, FromThread, OnLoop
 from ._crew import Crew, on_crew
 from ._exposed import BUILT_IN, Exposed, Services
 from ._intercepting import around, awaited, checked, settled, to_be_awaited
-from ._limits import COUNTS, ServerOptions
+from ._limits import COUNTS, ServerOptions, statistics
 from ._tracing import enter
 from .context import CallContext, overdue
 
 _log = logging.getLogger("ipckit")
 #: Pushes that may wait for a subscriber that does not read; what comes then is dropped, and counted.
 _BACKLOG = 1000
+
+#: Of all counts, those that are ours to make.
+_COUNTED = ("calls", "errors", "pushes", "pushes_dropped", "shutdown_rejections", "backpressure_rejections")
 
 Arguments = Callable[[], tuple[Any, ...]]
 
@@ -103,8 +106,10 @@ class Site:
             return handling
         with self._mutex:
             if self.stopping:
+                self.counts["shutdown_rejections"] += 1
                 raise errors.ShuttingDown("the server is shutting down", url=self.url)
             if len(self._under_way) >= self.options.max_concurrent:
+                self.counts["backpressure_rejections"] += 1
                 raise errors.TargetBusy(f"{len(self._under_way)} calls are under way", url=self.url)
             self._under_way.add(handling)
         return handling
@@ -130,8 +135,8 @@ class Site:
 
     def stats(self) -> Mapping[str, int]:
         """Without what only the transport could count."""
-        counts = {name: self.counts[name] for name in ("calls", "errors", "pushes", "pushes_dropped")}
-        return {**counts, "in_flight": self.in_flight, "subscribers": len(self._subscribers)}
+        own = {name: self.counts[name] for name in _COUNTED}
+        return statistics({**own, "in_flight": self.in_flight, "subscribers": len(self._subscribers)})
 
     # -- subscribers ---------------------------------------------------------------------------------------------------
 

@@ -151,7 +151,6 @@ class Server(BaseServer):
         interceptors: Sequence[ServerInterceptor] = (),
         require: Collection[str] = (),
     ) -> None:
-        opened = Place(where, require, "serve")
         check_server(services, interceptors)
         options = ServerOptions(
             workers,
@@ -163,6 +162,7 @@ class Server(BaseServer):
             requests_per_second,
             burst_size,
         )
+        opened = Place(where, require, "serve")
         listener = opened.run(opened.listen(), timeout)
         try:
             super().__init__(opened, listener, services, options, interceptors, threads=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -23,6 +23,8 @@ from ..contract import Contract, contract_of
 from ..events import Failure
 from ..protobuf import MethodSchema, Schema, schema_of
 from ._info import SCHEMA, Info
+
+_REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 
 Make = Callable[[Exposed, MethodSchema], Any]
 Refuse = Callable[[Failure], Any]
@@ -116,9 +118,22 @@ class Hall(grpc.GenericRpcHandler):  # type: ignore[misc, unused-ignore]
         return list(self._foreign)
 
     def _reflect(self) -> None:
-        names = (*self.names(), "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
+        names = (*self.names(), "grpc.health.v1.Health", _REFLECTION)
         servicer = self._reflection(names, _Pools(tuple(schema.pool for schema in self._schemas.values())))
-        self._reflecting = _handlers_of(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer)
+        (handler,) = _handlers_of(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer)
+        self._reflecting = [handler, _as_version_1(handler)]
+
+
+class _Call(NamedTuple):
+    """What a handler looks for."""
+
+    method: str
+
+
+def _as_version_1(handler: Any) -> Any:
+    """Reflection under the name that newer tools ask for first. Its bytes are those of v1alpha; grpcio has no messages for it."""
+    info = handler.service(_Call(f"/{_REFLECTION}/ServerReflectionInfo"))
+    return grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": info})
 
 
 class _Pools:
