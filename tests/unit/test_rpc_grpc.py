@@ -525,6 +525,31 @@ def test_mutual_tls(tmp_path: Path, shop: Shop) -> None:
                 ipckit.client(f"{place}?ca={tmp_path}/ours-ca.pem{certificate}", timeout=0.5)
 
 
+def test_what_is_wrong_with_certificates_is_said(tmp_path: Path, shop: Shop) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "ours.pem")
+    for options, why in (
+        ("cert={}/none.pem", "cert= cannot be read"),
+        ("cert={}/ca.pem", "no certificate with its key"),
+    ):
+        with pytest.raises(errors.BadOption, match=why):
+            ipckit.Server("grpcs://127.0.0.1:0?" + options.format(tmp_path), shop)
+    with ipckit.Server(f"grpcs://127.0.0.1:0?cert={tmp_path}/ours.pem", shop) as made:
+        with pytest.raises(errors.AccessDenied, match="server_name="):
+            ipckit.client(f"grpcs://{made.url.host}?ca={tmp_path}/ca.pem&server_name=other", timeout=20)
+        with pytest.raises(
+            errors.NothingListening, match="failed to connect"
+        ):  # without TLS: gRPC's own reason is told
+            ipckit.client(f"grpc://{made.url.host}", timeout=0.5)
+
+        async def awaited() -> None:
+            with pytest.raises(errors.NothingListening, match="failed to connect"):
+                await ipckit.aio.client(f"grpc://{made.url.host}", timeout=0.5)
+
+        asyncio.run(awaited())
+
+
 # -- statuses ----------------------------------------------------------------------------------------------------------
 
 

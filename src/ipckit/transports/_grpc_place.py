@@ -70,6 +70,18 @@ def _file(url: Url, option: str, path: str) -> bytes:
         raise errors.BadOption(f"{option}= cannot be read: {error.strerror}", url=url) from error
 
 
+def _pair(url: Url, cert: str, key: str | None) -> tuple[bytes, bytes]:
+    """A certificate and its key. gRPC itself would not say what is wrong with them."""
+    found = _file(url, "cert", cert), _file(url, "key", key or cert)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            cert, key, password=b""
+        )  # else it might ask at the terminal
+    except (OSError, ValueError) as error:
+        raise errors.BadOption(f"cert= and key= are no certificate with its key: {error}", url=url) from error
+    return found
+
+
 def server_credentials(url: Url, options: PlaceOptions) -> Any:
     if url.scheme != "grpcs":
         return None
@@ -77,9 +89,9 @@ def server_credentials(url: Url, options: PlaceOptions) -> Any:
 
     if options.cert is None:
         raise errors.BadOption("listening needs a certificate", url=url, hint="cert=server.pem&key=server.key")
-    pair = (_file(url, "key", options.key or options.cert), _file(url, "cert", options.cert))
+    cert, key = _pair(url, options.cert, options.key)
     clients = _file(url, "client_ca", options.client_ca) if options.client_ca else None
-    return grpc.ssl_server_credentials([pair], clients, require_client_auth=clients is not None)
+    return grpc.ssl_server_credentials([(key, cert)], clients, require_client_auth=clients is not None)
 
 
 def client_credentials(url: Url, options: PlaceOptions) -> Any:
@@ -91,8 +103,8 @@ def client_credentials(url: Url, options: PlaceOptions) -> Any:
     trusted = _file(url, "ca", authorities) if authorities else None
     if options.cert is None:
         return grpc.ssl_channel_credentials(trusted)
-    key = _file(url, "key", options.key or options.cert)
-    return grpc.ssl_channel_credentials(trusted, key, _file(url, "cert", options.cert))
+    cert, key = _pair(url, options.cert, options.key)
+    return grpc.ssl_channel_credentials(trusted, key, cert)
 
 
 def settings_of(options: PlaceOptions) -> list[tuple[str, Any]]:

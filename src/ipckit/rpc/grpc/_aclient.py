@@ -83,7 +83,7 @@ class AsyncClient(Routes, _tasks.AsyncClient):
             self._greeted = False
             return None
         except errors.DeadlineExceeded as error:
-            raise errors.NothingListening("nobody answers there", url=self.url, operation="client") from error
+            raise self._nobody(error) from error
         self._greeted = True
         return found
 
@@ -99,7 +99,7 @@ class AsyncClient(Routes, _tasks.AsyncClient):
                     await channel.wait_for_state_change(state)
         except TimeoutError as error:
             if deadline is not None and time.monotonic() >= deadline:
-                raise errors.DeadlineExceeded("no server before the deadline", url=self.url) from error
+                raise errors.DeadlineExceeded("no server before the deadline", url=self.url) from (why or error)
             raise errors.NothingListening("nobody listens there", url=self.url, operation="call") from (why or error)
         except grpc.aio.UsageError as error:  # the channel was closed under us
             raise errors.Closed("this endpoint is closed", url=self.url, operation="call") from error

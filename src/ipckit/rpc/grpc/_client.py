@@ -93,7 +93,7 @@ class Client(Routes, _Client):
             self._greeted = False
             return None
         except errors.DeadlineExceeded as error:
-            raise errors.NothingListening("nobody answers there", url=self.url, operation="client") from error
+            raise self._nobody(error) from error
         self._greeted = True
         return found
 
@@ -130,7 +130,7 @@ class Client(Routes, _Client):
             run(self._ready(), self._dial_lane, self._patient_until(deadline))
         except errors.Timeout as error:
             if deadline is not None and time.monotonic() >= deadline:
-                raise errors.DeadlineExceeded("no server before the deadline", url=self.url) from error
+                raise errors.DeadlineExceeded("no server before the deadline", url=self.url) from (why or error)
             raise errors.NothingListening("nobody listens there", url=self.url, operation="call") from (why or error)
         self._doubtful = False
         self.reconnects += 1

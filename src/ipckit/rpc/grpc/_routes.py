@@ -142,6 +142,12 @@ class Routes(Base):
             self._doubtful = True
         return found
 
+    def _nobody(self, late: errors.DeadlineExceeded) -> errors.NothingListening:
+        """There was no server in time; what came last in its place says most."""
+        last = late.__cause__
+        why = last.message if isinstance(last, errors.PeerDied | errors.NothingListening) else "nobody answers there"
+        return errors.NothingListening(why, url=self.url, operation="client")
+
     # -- contracts -----------------------------------------------------------------------------------------------------
 
     def _differs(self, targets: Mapping[str, str], target: str, contract: Contract) -> bool:

@@ -108,6 +108,10 @@ def never_sent(code: grpc.StatusCode, text: str) -> bool:
     )
 
 
+#: What the core says of a certificate: of another authority, for another name.
+_UNVERIFIED = ("certificate_verify_failed", "peer name", "verification check failed")
+
+
 def error_of(error: Any, url: object, operation: str | None) -> errors.IpcError:
     """What an `RpcError`, of grpcio or of grpc.aio, means in our words. Raise it `from` the error."""
     code, text = error.code(), error.details() or ""
@@ -116,8 +120,8 @@ def error_of(error: Any, url: object, operation: str | None) -> errors.IpcError:
     if failure is not None:
         return failures.error_of(failure, url, operation)
     if code is _Code.UNAVAILABLE:
-        if "CERTIFICATE_VERIFY_FAILED" in text or "peer name" in text.lower():
-            return errors.AccessDenied("the peer's certificate does not verify", hint="see ca=", **where)
+        if any(words in text.lower() for words in _UNVERIFIED):
+            return errors.AccessDenied("the peer's certificate does not verify", hint="see ca=, server_name=", **where)
         if never_sent(code, text):
             return errors.NothingListening(f"nobody answers there: {text}", **where)
         if "cancelling all calls" in text.lower():  # what grpcio's servers say when they stop
