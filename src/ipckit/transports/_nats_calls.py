@@ -27,7 +27,7 @@ from typing import Any
 from .. import errors
 from .._spi import Came, Steps, Wait, Want
 from .._url import Url
-from . import _natsclient
+from . import _calls, _natsclient
 from ._bridge import Bell
 from ._natsclient import Connection, NatsOptions
 
@@ -511,38 +511,18 @@ class NatsExchange:
 
 def open_exchange(url: Url, name: str, options: NatsOptions, *, serving: bool) -> Steps[NatsExchange]:
     """Raises NothingListening when the driver throws Timeout before a server was found, or NATS itself."""
-    pause = _RETRY[0]
-    operation = "serve" if serving else "client"
-    reason: errors.IpcError | None = None
-    try:
-        while True:
-            try:
-                connection = yield from _natsclient.connect(url, options, operation, reconnect=serving)
-                exchange = NatsExchange(connection, name, options, serving=serving)
-                yield from _begin(exchange)
-                return exchange
-            except (errors.NothingListening, errors.PeerError) as error:
-                reason = error
-            yield Wait((), pause)
-            pause = min(pause * 2, _RETRY[1])
-    except errors.Timeout as timeout:
-        if isinstance(timeout.__cause__, errors.Timeout):  # NATS was there
-            raise errors.NothingListening(timeout.message, url=url, operation=operation) from timeout
-        message = "no NATS server answers" if reason is None else reason.message
-        raise errors.NothingListening(message, url=url, operation=operation) from reason or timeout
+    return _calls.opened(lambda: _open(url, name, options, serving=serving), url, "NATS", _RETRY, serving=serving)
 
 
-def _begin(exchange: NatsExchange) -> Steps[None]:
-    pause = _RETRY[0]
-    home = exchange._home
+def _open(url: Url, name: str, options: NatsOptions, *, serving: bool) -> Steps[NatsExchange]:
+    connection = yield from _natsclient.connect(url, options, "serve" if serving else "client", reconnect=serving)
+    exchange = NatsExchange(connection, name, options, serving=serving)
+    home = connection.home
     try:
         yield from home.steps(exchange.start)
-        while not exchange._serving and not (yield from home.steps(exchange.find)):
-            yield Wait((), pause)
-            pause = min(pause * 2, _RETRY[1])
-    except errors.Timeout as timeout:
-        exchange.close()
-        raise errors.Timeout("nobody serves at this name", url=exchange.url) from timeout
+        if not serving:
+            yield from _calls.found(lambda: home.steps(exchange.find), url, _RETRY)
+        return exchange
     except errors.IpcError:
         exchange.close()
         raise
@@ -550,4 +530,4 @@ def _begin(exchange: NatsExchange) -> Steps[None]:
         exchange.close()
         if not isinstance(error, Exception):
             raise
-        raise _natsclient.map_nats(error, exchange.url, "open") from error
+        raise _natsclient.map_nats(error, url, "open") from error
