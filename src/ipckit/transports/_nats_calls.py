@@ -29,33 +29,17 @@ from .._spi import Came, Steps, Wait, Want
 from .._url import Url
 from . import _calls, _natsclient
 from ._bridge import Bell
+from ._nats_letters import BYE, COUNTED, FIRST, FRAME, HEAD, HERE, LEFT, MINE, NOT_MINE, PROBE, WHO, Letters
 from ._natsclient import Connection, NatsOptions
 
-_HEAD = struct.Struct(">BI")
 _ID = struct.Struct(">I")
-FRAME, PART, WHO, MINE, NOT_MINE, BYE, LEFT, HERE, PROBE = range(9)
-_COUNTED = PART
-_FIRST = 0xFFFFFFFF  # the number of what needs none
-
 _WRITTEN = 4 << 20  # bytes on their way to the socket before a sender waits
 _PART = 512 << 10  # bytes of one letter
-_IDLE = 20  # ticks between two probes of one who is not busy
 _RETRY = (0.02, 0.5)
 _ASK_FOR = 1.0
 #: Seconds to wait for who has a call that all whom we know have denied: one was lost lately, or there is one whom we do not know.
 _DENIED_FOR, _UNKNOWN_FOR = 0.25, 3.0
 _LATELY = 5.0
-
-
-class _Peer:
-    __slots__ = ("busy", "expected", "idle", "key", "partial", "sent")
-
-    def __init__(self, key: str, busy: Callable[[], bool]) -> None:
-        self.key = key
-        self.busy = busy
-        self.idle = 0
-        self.sent = self.expected = 0
-        self.partial = bytearray()
 
 
 @dataclass(slots=True)
@@ -64,10 +48,6 @@ class _Asked:
 
     servers: set[str]
     since: float
-
-
-def _never() -> bool:
-    return False
 
 
 class NatsExchange:
@@ -85,12 +65,11 @@ class NatsExchange:
         self._serving = serving
         self._limit = options.limit
         self._part = min(_PART, connection.client.max_payload - 64)
+        self._letters = Letters(self.address, self._write, self._limit, self._part)
         self._bell = Bell(connection.home)
         self._room = Bell(connection.home)
         self._came: deque[Came] = deque()
         self._tasks: deque[Callable[[], object]] = deque()
-        self._peers: dict[str, _Peer] = {}
-        self._keys: dict[str, str] = {}  # of peers, to addresses
         self._known: dict[str, None] = {}  # a client's servers
         self._asking: dict[int, _Asked] = {}
         self._lost = float("-inf")  # when a server was lost
@@ -113,7 +92,7 @@ class NatsExchange:
             connection.last_words = self._last_words
             await self._serve_others()
             await connection.round_trip()
-            self._write(f"{self._base}news", f"{self.address}.n", HERE, _FIRST)
+            self._letters.shout(f"{self._base}news", HERE)
             await connection.round_trip()  # every client knows us before we are given its call
             self._group.append(await connection.tap(f"{self._base}call", self._called, "ipckit"))
         else:
@@ -126,7 +105,7 @@ class NatsExchange:
     async def find(self) -> bool:
         """Loop: ask who is there. True when somebody answered. Raises PeerError when the connection was lost."""
         self._found = asyncio.Event()
-        self._write(f"{self._base}all", f"{self.address}.w", WHO, _FIRST, _ID.pack(0))
+        self._letters.shout(f"{self._base}all", WHO, "w", _ID.pack(0))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._found.wait(), _ASK_FOR)
         self._check("client")
@@ -149,8 +128,8 @@ class NatsExchange:
 
     def _write(self, subject: str, reply: str, kind: int, number: int, content: bytes | memoryview = b"") -> None:
         """Loop."""
-        head = f"PUB {subject} {reply} {_HEAD.size + len(content)}\r\n".encode()
-        self._connection.write(b"".join((head, _HEAD.pack(kind, number), content, b"\r\n")))
+        head = f"PUB {subject} {reply} {HEAD.size + len(content)}\r\n".encode()
+        self._connection.write(b"".join((head, HEAD.pack(kind, number), content, b"\r\n")))
 
     def _do(self, function: Callable[[], object]) -> None:
         """On the loop, in the order in which it was asked for: the loop's own thread would else overtake the others."""
@@ -193,7 +172,7 @@ class NatsExchange:
                 return None
             server = secrets.choice(servers)
             return server if self.try_post(server, frame) else None
-        self._do(lambda: self._write(f"{self._base}call", f"{self.address}.c{id:x}", FRAME, _FIRST, frame))
+        self._do(lambda: self._letters.shout(f"{self._base}call", FRAME, f"c{id:x}", frame))
         return ""
 
     def try_post(self, to: str, frame: bytes) -> bool:
@@ -201,32 +180,8 @@ class NatsExchange:
         self._check("send")
         if self._crowded():
             return False
-        self._do(lambda: self._post(to, frame))
+        self._do(lambda: self._letters.post(to, frame))
         return True
-
-    def _post(self, to: str, frame: bytes) -> None:
-        """Loop."""
-        peer = self._peer(to)
-        rest = memoryview(frame)
-        while True:
-            part, rest = rest[: self._part], rest[self._part :]
-            self._write(f"{to}.s", f"{self.address}.p{peer.key}", PART if rest else FRAME, peer.sent, part)
-            peer.sent = (peer.sent + 1) & 0x7FFFFFFF
-            if not rest:
-                return
-
-    def _tell(self, to: str, kind: int, content: bytes = b"") -> None:
-        """Loop: what is not counted, but says how much was."""
-        peer = self._peers.get(to)
-        reply = f"{self.address}.p{peer.key}" if peer is not None else f"{self.address}.n"
-        self._write(f"{to}.s", reply, kind, _FIRST if peer is None else peer.sent, content)
-
-    def _peer(self, who: str) -> _Peer:
-        peer = self._peers.get(who)
-        if peer is None:
-            peer = self._peers[who] = _Peer(secrets.token_hex(4), _never)
-            self._keys[peer.key] = who
-        return peer
 
     def try_flush(self) -> bool:
         if not self._connection.unwritten:
@@ -244,8 +199,8 @@ class NatsExchange:
     def _called(self, message: Any) -> None:
         """Loop, as all of these, in the midst of the client's work: they must not raise. A call, from the group."""
         payload: bytes = message.data
-        if len(payload) > _HEAD.size and payload[0] == FRAME and self._ours(message.reply):
-            self._put(Came("frame", message.reply.rpartition(".")[0], body=payload[_HEAD.size :]))
+        if len(payload) > HEAD.size and payload[0] == FRAME and self._ours(message.reply):
+            self._put(Came("frame", message.reply.rpartition(".")[0], body=payload[HEAD.size :]))
 
     async def _serve_others(self) -> None:
         """Loop: what is not ours to read. `rpc._micro` does."""
@@ -267,13 +222,13 @@ class NatsExchange:
     def _asked(self, message: Any) -> None:
         """Who is there?"""
         payload: bytes = message.data
-        if not self._ours(message.reply) or len(payload) != _HEAD.size + _ID.size:
+        if not self._ours(message.reply) or len(payload) != HEAD.size + _ID.size:
             return
-        (id,) = _ID.unpack_from(payload, _HEAD.size)
+        (id,) = _ID.unpack_from(payload, HEAD.size)
         if id:  # in its place among the calls
             self._put(Came("who", message.reply.rpartition(".")[0], id))
         else:
-            self._write(message.reply, f"{self.address}.n", HERE, _FIRST)
+            self._letters.shout(message.reply, HERE)
 
     def _announced(self, message: Any) -> None:
         """Here is a server."""
@@ -286,15 +241,15 @@ class NatsExchange:
 
     def _letter(self, message: Any) -> None:
         payload: bytes = message.data
-        if len(payload) < _HEAD.size:
+        if len(payload) < HEAD.size:
             if (message.headers or {}).get("Status") == "503":
                 self._refused(message.subject.rpartition(".")[2])
             return
         who = message.reply.rpartition(".")[0]
         if not self._ours(who):
             return
-        kind, number = _HEAD.unpack_from(payload)
-        content = payload[_HEAD.size :]
+        kind, number = HEAD.unpack_from(payload)
+        content = payload[HEAD.size :]
         if kind == HERE:
             self._appeared(who)
         elif not (self._serving or who in self._known or kind in (MINE, NOT_MINE)):
@@ -303,32 +258,21 @@ class NatsExchange:
             self._reset(who, tell=False)
         elif kind == LEFT:
             self._lose(who, "left")
-        elif not self._in_order(who, kind, number):
+        elif not self._letters.in_order(who, kind, number):
             self._reset(who, tell=True)
-        elif kind <= _COUNTED:
+        elif kind <= COUNTED:
             self._counted(who, kind, content)
         elif kind != PROBE and len(content) == _ID.size:
             self._verdict(who, kind, _ID.unpack(content)[0])
 
-    def _in_order(self, who: str, kind: int, number: int) -> bool:
-        peer = self._peers.get(who)
-        if peer is None:  # a new one, of whom nothing can be missing yet; or one that we have forgotten
-            return kind == WHO or number == 0 or (number == _FIRST and kind > _COUNTED)
-        return number == peer.expected or (number == _FIRST and kind > _COUNTED)
-
     def _counted(self, who: str, kind: int, content: bytes) -> None:
-        peer = self._peer(who)
-        peer.expected = (peer.expected + 1) & 0x7FFFFFFF
-        if kind == PART or peer.partial:
-            if len(peer.partial) + len(content) > self._limit:
-                self._reset(who, tell=True)
-                return
-            peer.partial += content
-            if kind == PART:
-                return
-            content = bytes(peer.partial)
-            peer.partial = bytearray()
-        self._put(Came("frame", who, body=content))
+        try:
+            frame = self._letters.received(who, kind, content)
+        except ValueError:
+            self._reset(who, tell=True)
+            return
+        if frame is not None:
+            self._put(Came("frame", who, body=frame))
 
     def _verdict(self, who: str, kind: int, id: int) -> None:
         if self._serving:
@@ -356,7 +300,7 @@ class NatsExchange:
             self._found.set()
         elif tag[:1] == "c":
             self._put(Came("nobody", "", int(tag[1:], 16), b"not taken"))
-        elif tag[:1] == "p" and (who := self._keys.get(tag[1:])) is not None:
+        elif tag[:1] == "p" and (who := self._letters.called(tag[1:])) is not None:
             self._lose(who, "lost")
 
     def _appeared(self, who: str) -> None:
@@ -367,26 +311,20 @@ class NatsExchange:
             if not known:
                 self._put(Came("here", who))
 
-    def _forget(self, who: str) -> None:
-        peer = self._peers.pop(who, None)
-        if peer is not None:
-            self._keys.pop(peer.key, None)
-
     def _reset(self, who: str, *, tell: bool) -> None:
-        peer = self._peers.get(who)
         if tell:
-            self._write(f"{who}.s", f"{self.address}.n", BYE, _FIRST)
-        self._forget(who)
+            self._letters.shout(f"{who}.s", BYE)
+        peer = self._letters.forget(who)
         if peer is not None:
             if who in self._known:  # it lives
-                self._peer(who).busy = peer.busy
+                self._letters.meet(who).busy = peer.busy
             self._put(Came("reset", who))
 
     def _lose(self, who: str, how: Any) -> None:
         if who in self._known:
             self._lost = time.monotonic()
         self._known.pop(who, None)
-        self._forget(who)
+        self._letters.forget(who)
         self._put(Came(how, who))
 
     def try_fetch(self) -> Came | None:
@@ -423,21 +361,21 @@ class NatsExchange:
         """Loop."""
         if id not in self._asking:
             self._asking[id] = _Asked(set(self._known), time.monotonic())
-            self._write(f"{self._base}all", f"{self.address}.s", WHO, _FIRST, _ID.pack(id))
+            self._letters.shout(f"{self._base}all", WHO, "s", _ID.pack(id))
 
     def answer(self, to: str, id: int, mine: bool) -> None:
-        self._do(lambda: self._tell(to, MINE if mine else NOT_MINE, _ID.pack(id)))
+        self._do(lambda: self._letters.tell(to, MINE if mine else NOT_MINE, _ID.pack(id)))
 
     def watch(self, who: str, busy: Callable[[], bool]) -> None:
         def watch() -> None:
-            self._peer(who).busy = busy
+            self._letters.meet(who).busy = busy
 
         self._do(watch)
 
     def drop(self, who: str) -> None:
         def drop() -> None:
-            self._write(f"{who}.s", f"{self.address}.n", BYE, _FIRST)
-            self._forget(who)
+            self._letters.shout(f"{who}.s", BYE)
+            self._letters.forget(who)
 
         if not self._closed:
             self._do(drop)
@@ -448,20 +386,18 @@ class NatsExchange:
     def tick(self) -> None:
         """Loop, twice a second."""
         self._conclude()
-        for who, peer in tuple(self._peers.items()):
-            peer.idle += 1
-            if peer.busy() or peer.idle >= _IDLE:
-                peer.idle = 0
-                self._tell(who, PROBE)
+        for who, peer in tuple(self._letters.peers.items()):
+            if peer.due():
+                self._letters.tell(who, PROBE)
 
     def verdict(self, *, nobody: bool) -> None:
         """Ours come to our own address."""
 
     def _again(self) -> None:
         """Loop: the connection was lost and is back. What was under way meanwhile may be lost."""
-        for who in tuple(self._peers):
+        for who in tuple(self._letters.peers):
             self._reset(who, tell=True)
-        self._write(f"{self._base}news", f"{self.address}.n", HERE, _FIRST)
+        self._letters.shout(f"{self._base}news", HERE)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -469,7 +405,7 @@ class NatsExchange:
         self._asking.pop(id, None)
 
     def pass_on(self, who: str, id: int, frame: bytes) -> None:
-        self._do(lambda: self._write(f"{self._base}call", f"{who}.c{id:x}", FRAME, _FIRST, frame))
+        self._do(lambda: self._write(f"{self._base}call", f"{who}.c{id:x}", FRAME, FIRST, frame))
 
     def withdraw(self) -> None:
         def withdraw() -> None:
@@ -491,8 +427,8 @@ class NatsExchange:
         self._home.do(withdraw)
 
     async def _last_words(self) -> None:
-        for who in self._peers:
-            self._write(f"{who}.s", f"{self.address}.n", LEFT, _FIRST)  # the socket has it before it is closed
+        for who in self._letters.peers:
+            self._letters.shout(f"{who}.s", LEFT)  # the socket has it before it is closed
 
     def close(self) -> None:
         if self._closed:
