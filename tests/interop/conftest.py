@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,22 @@ def node() -> str:
 @pytest.fixture(scope="session")
 def npm() -> str:
     return tool("npm")
+
+
+@pytest.fixture(scope="session")
+def packages(npm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Installs packages of npm; where they are."""
+    directories: list[Path] = []
+
+    def install(*names: str) -> Path:
+        directories.append(tmp_path_factory.mktemp("npm"))
+        command = [npm, "install", "--no-audit", "--no-fund", "--no-save", "--loglevel=error", *names]
+        subprocess.run(command, cwd=directories[-1], check=True, timeout=50, stdout=subprocess.DEVNULL)
+        return directories[-1] / "node_modules"
+
+    yield install
+    for each in directories:
+        shutil.rmtree(each, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

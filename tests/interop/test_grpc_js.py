@@ -7,8 +7,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,12 +72,8 @@ class Shop(ipckit.Service):
 
 
 @pytest.fixture(scope="module")
-def modules(node: str, npm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    directory = tmp_path_factory.mktemp("npm")
-    command = [npm, "install", "--no-audit", "--no-fund", "--no-save", "--loglevel=error", *PACKAGES]
-    subprocess.run(command, cwd=directory, check=True, timeout=50, stdout=subprocess.DEVNULL)
-    yield directory / "node_modules"
-    shutil.rmtree(directory, ignore_errors=True)
+def modules(packages: Callable[..., Path]) -> Path:
+    return packages(*PACKAGES)
 
 
 @pytest.fixture
