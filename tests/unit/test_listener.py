@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -454,6 +455,7 @@ def test_over_tls(service, tmp_path):
                 caller.ask("ListRequest", {"count": 3}, expects_stream=True)
                 while not caller.hear()[1]["is_final"]:
                     pass
+                told_of_too_large(caller)
 
 
 def test_from_an_event_loop():
@@ -646,6 +648,26 @@ def test_a_first_frame_that_is_none_costs_that_connection(server, sent, caplog):
             assert server.stats()["protocol_errors"] == 1
             assert server.stats()["errors"] == 1
             assert "lost a client" in caplog.text
+
+
+def told_of_too_large(caller: Caller) -> None:
+    begins = b"{\0\0" if caller.format == "json" else b"\x80\0\0"
+    if not caller.seed:
+        begins = b"\1\1\0" if caller.dialect == "v1" else b"\2\1" + bytes((1 if caller.format == "json" else 2,))
+    caller.sock.sendall(b"\x7f\0\0\0")
+    with suppress(BrokenPipeError):  # it may have been enough
+        caller.sock.sendall(begins)
+    told = caller.hear()[1]
+    assert "above the limit of" in told["error"]
+    assert told["error"].startswith("ProtocolError: ") if caller.seed else told["error_code"] == "PROTOCOL_ERROR"
+    assert caller.ended()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_who_sends_a_frame_that_is_too_large_is_told_so(caller, first):
+    if not first:
+        caller.call("divide", {"a": 1, "b": 2})
+    told_of_too_large(caller)
 
 
 def test_strangers_do_not_fill_the_log(server, caplog):

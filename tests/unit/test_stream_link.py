@@ -796,8 +796,36 @@ def test_a_glance_takes_nothing(raw) -> None:
     assert link.try_glance(5) == link.try_glance(5) == b"\0\0\0\1x"
     assert link.try_recv() == b"x"
     peer.send(b"\xff\xff\xff\xff")
+    assert link.try_glance(5) == b"rest\xff"  # a length above the limit: that is for who reads
     with gives_up("PROTOCOL"):
-        link.try_glance(5)
+        link.try_recv()
+
+
+@pytest.mark.parametrize("more", [b"", b"{", b"\xff\xff\xff\xff"])
+def test_a_glance_at_a_length_above_the_limit_hears_what_follows_and_the_end(raw, more: bytes) -> None:
+    link, peer = raw
+    peer.send(b"\x7f\0\0\0")
+    assert link.try_glance(5) is None
+    peer.send(more)
+    if more:
+        assert link.try_glance(5) == b"\x7f\0\0\0" + more[:1]
+    peer.close()
+    for _ in range(2):
+        with gives_up("PROTOCOL"):
+            link.try_recv() if more else link.try_glance(5)
+
+
+def test_a_stranger_whose_frame_is_too_large_can_be_told(raw) -> None:
+    link, peer = raw
+    link.reframe(0, 0)
+    peer.send(b"\x7f\0\0\0{")
+    for _ in range(2):
+        with gives_up("PROTOCOL"):
+            link.try_recv()
+    assert link.try_send(b"too large")
+    assert peer.recv(100) == b"\0\0\0\ttoo large"
+    link.close()
+    assert peer.recv(100) == b""
 
 
 def test_a_glance_hears_the_end(raw) -> None:

@@ -198,6 +198,7 @@ static PyObject *link_reframe(StreamLink *self, PyObject *args)
     self->in.uncounted = (size_t)in;
     self->out.uncounted = (size_t)out;
     self->in.goodbye = self->goodbye = false;
+    self->reframed = true;
     return Py_NewRef(Py_None);
 }
 

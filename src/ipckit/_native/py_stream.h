@@ -23,6 +23,7 @@ typedef struct {
     PyObject *body;      /* bytes: the large frame in progress; NULL if there is none, or it is in the memory of recv_into */
     PyObject *weakrefs;
     bool goodbye;        /* the flag of the constructor */
+    bool reframed;       /* the peer is of another make: what it said wrong, it is to be told */
     bool letting_go;     /* close(goodbye=False): another process goes on with the stream */
     bool parted;         /* the farewell has been tried */
     bool adaptive;       /* spin=auto */

@@ -111,6 +111,15 @@ static enum stream_status fill(StreamLink *self)
     return status;
 }
 
+/* Nothing more comes; and nothing more goes, unless the peer is a stranger who is to be told what was wrong. */
+static void hear_the_end(StreamLink *self, enum stream_status status)
+{
+    if (status == STREAM_OVERSIZE && self->reframed)
+        return;
+    self->ended = status;
+    self->ended_errno = self->in.error;
+}
+
 /* The next frame: 1 and its view (not taken yet), 0 if there is none and we are not to WAIT, -1 with an exception set. */
 static int next_frame(StreamLink *self, int64_t deadline, enum effort effort, const char *operation, const Py_buffer *into,
                       struct stream_view *view)
@@ -128,8 +137,7 @@ static int next_frame(StreamLink *self, int64_t deadline, enum effort effort, co
             if (give_memory(self, into) < 0)
                 return -1;
         } else if (status != STREAM_AGAIN) {
-            self->ended = status;
-            self->ended_errno = self->in.error;
+            hear_the_end(self, status);
             return stream_link_over(self, status, self->in.error, operation);
         }
         if (fill(self) != STREAM_AGAIN)
@@ -195,19 +203,26 @@ PyObject *stream_link_glance(StreamLink *self, size_t count)
         struct stream_view view;
         enum stream_status status = stream_peek(&self->in, &view);
         const unsigned char *here = stream_glance(&self->in, count);
-        bool refused = status == STREAM_GOODBYE || status == STREAM_OVERSIZE;
         if (status == STREAM_FRAME && !here && self->in.over != STREAM_OK)
             status = self->in.over; /* a frame shorter than what is looked for, and then the end */
-        if (here && !refused)
+        if (here && status != STREAM_GOODBYE) {
             seen = PyBytes_FromStringAndSize((const char *)here, (Py_ssize_t)count);
-        else if (status >= STREAM_ENDED) {
-            self->ended = status;
-            self->ended_errno = self->in.error;
-            stream_link_over(self, status, self->in.error, "recv");
-        } else if (fill(self) != STREAM_AGAIN)
+            break;
+        }
+        bool begun = status == STREAM_OVERSIZE; /* a prefix above the limit: what is behind it says to whom that is told */
+        enum stream_status filled = status;
+        if (begun)
+            self->in.over = STREAM_OK;
+        if (begun || status < STREAM_ENDED)
+            filled = fill(self);
+        if (filled == STREAM_OK || (!begun && filled != STREAM_AGAIN && status < STREAM_ENDED))
             continue;
-        else
+        if (filled == STREAM_AGAIN)
             seen = Py_NewRef(Py_None);
+        else {
+            hear_the_end(self, status);
+            stream_link_over(self, status, self->in.error, "recv");
+        }
         break;
     }
     stream_link_leave(self, &self->end.recv);

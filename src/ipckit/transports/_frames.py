@@ -46,9 +46,7 @@ class FrameDecoder:
         self._buffer += data
 
     def glance(self, count: int) -> bytes | None:
-        """The next bytes, which stay, or None. Raises FrameTooLong."""
-        if len(self._buffer) - self._start >= HEADER_SIZE:
-            self._check_size()
+        """The next bytes, which stay, or None."""
         seen = bytes(self._buffer[self._start : self._start + count])
         return seen if len(seen) == count else None
 

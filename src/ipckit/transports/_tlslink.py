@@ -52,6 +52,7 @@ class TlsLink:
         self._mutex = threading.Lock()
         self._decoder = FrameDecoder(limit)
         self._uncounted_out = 0
+        self._reframed = False
         self._rest: list[memoryview] = []  # of the one accepted frame that has not all gone out
         self._end: errors.IpcError | None = None  # nothing more will come
         self._broken: errors.IpcError | None = None  # nothing more will go
@@ -156,6 +157,7 @@ class TlsLink:
 
     def reframe(self, uncounted_in: int, uncounted_out: int, /) -> None:
         self._decoder.uncounted, self._uncounted_out = uncounted_in, uncounted_out
+        self._reframed = True
 
     def _receive(self, take: Callable[[], bytes | None]) -> bytes | None:
         with self._mutex:
@@ -216,7 +218,7 @@ class TlsLink:
             if self._closed:
                 return
             self._closed = True
-            if self._end is None and self._broken is None and not self._farewell():
+            if (self._may_be_told or (self._end is None and self._broken is None)) and not self._farewell():
                 with suppress(OSError):  # no room: ask for some once, rather than let the peer take this for a death
                     room = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
                     more = sum(part.nbytes for part in self._rest)
@@ -252,8 +254,13 @@ class TlsLink:
     def _check(self, operation: str) -> None:
         self._check_open(operation)
         ended = self._broken or self._end
-        if ended is not None:
+        if ended is not None and not self._may_be_told:
             raise self._again(ended, operation)
+
+    @property
+    def _may_be_told(self) -> bool:
+        """A stranger whose frame was too large: it is to hear what was wrong."""
+        return self._reframed and self._broken is None and isinstance(self._end, errors.ProtocolError)
 
     def _over(self, error: errors.IpcError, cause: BaseException | None) -> errors.IpcError:
         """It ends here. The first reason stays."""
