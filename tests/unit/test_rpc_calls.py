@@ -733,3 +733,19 @@ def test_garbage_costs_its_own_connection_only(caplog: pytest.LogCaptureFixture)
             assert work.echo(b"x") == b"x"
         assert server.stats()["protocol_errors"] == 4
         assert eventually(lambda: server.stats()["connections_active"] == 1)
+
+
+class Quick(ipckit.Service):
+    def double(self, number: int) -> int:
+        return 2 * number
+
+
+def test_serving_from_a_loop_ends_with_its_one_client() -> None:
+    async def main() -> None:
+        ours, theirs = await ipckit.aio.pair("pipe://")
+        serving = asyncio.create_task(ipckit.aio.serve(theirs, Quick()))
+        async with await ipckit.aio.client(ours, Quick) as client:
+            assert await client.double(2) == 4
+        assert await asyncio.wait_for(serving, 30) == ShutdownReport(0, 0, 0)
+
+    asyncio.run(main())
