@@ -238,6 +238,26 @@ def test_a_message_type_or_a_method_is_called(caller):
     assert caller.call("divide", {"a": 1, "b": 2})["payload"] == 0.5
 
 
+class Orders(ipckit.Service):
+    def make(self, order: Note) -> str:
+        return "made"
+
+    def cancel(self, order: Note) -> str:
+        return "cancelled"
+
+    def count(self, request: ListRequest) -> int:
+        return request.count
+
+
+def test_a_type_that_several_methods_take_names_none_of_them():
+    with ipckit.Server("unix://calc", Orders()) as server, Caller(server.url, "v2-json") as caller:
+        assert caller.error_of("Note", {"text": "tea"}, target="orders") == "UNKNOWN_MESSAGE_TYPE"
+        assert caller.call("make", {"text": "tea"}, target="orders")["payload"] == "made"
+        assert caller.call("ListRequest", {"count": 2}, target="orders")["payload"] == 2
+        assert not server.is_registered("Note")
+        assert {"cancel", "make", "ListRequest"} <= set(server.registered_types())
+
+
 def test_errors_have_the_names_that_their_clients_know(caller):
     if caller.seed:
         unknown, nobody, unreadable, oserror = "UnknownMessageType", "AgentNotFound", "SerializationError", "IoError"

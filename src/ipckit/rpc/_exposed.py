@@ -102,10 +102,10 @@ class Services:
     def message_types(self) -> list[str]:
         """The message types that something answers to, methods that take no message, and the types that are pushed."""
         names = {
-            method.message or method.name
+            method.message if method.message in contract.messages else method.name
             for target, contract in self.contracts.items()
             for method in contract.methods.values()
-            if target != BUILT_IN or method.message is not None
+            if target != BUILT_IN or method.message in contract.messages
         }
         return sorted(self.pushed | names)
 

@@ -19,6 +19,7 @@ import enum
 import inspect
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -296,14 +297,18 @@ class Method:
 
 @dataclass(eq=False)
 class Contract:
-    """The methods of one service. `methods` by name; `messages` by the type of the single message that a method takes."""
+    """The methods of one service. `methods` by name; `messages` by the type of the single message that a method takes.
+
+    A type that several methods take stands for none of them: `Order` must not cancel what it was meant to make.
+    """
 
     name: str
     methods: dict[str, Method]
 
     @cached_property
     def messages(self) -> dict[str, Method]:
-        return {method.message: method for method in self.methods.values() if method.message is not None}
+        taken = Counter(method.message for method in self.methods.values())
+        return {each.message: each for each in self.methods.values() if each.message and taken[each.message] == 1}
 
     def find(self, name: str) -> Method | None:
         return self.methods.get(name) or self.messages.get(name)
