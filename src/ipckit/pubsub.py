@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from . import _options, errors
 from ._endpoint import Endpoint, Opening, Yielding, body_of, located, put_all
-from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Want
+from ._spi import Intake, OnFull, Publishing, PublishTerms, Steps, Topics, TopicTerms, Wait, Want
 from ._taking import Taking
 from ._url import Url
 from ._wait import Lane, arun, run
@@ -33,6 +34,8 @@ from .message import matches as matches
 T = TypeVar("T")
 
 _LEVEL = re.compile(r"[^\s.*>\x00-\x1f\x7f\ud800-\udfff]{1,100}\Z")
+_GROUP = re.compile(r"[A-Za-z0-9_.:-]{1,100}\Z")
+_LOOK_AGAIN = 0.05  # seconds; see `_Publishing.wait_for`
 
 
 @functools.lru_cache(maxsize=1024)
@@ -48,33 +51,62 @@ def _is_topic(topic: str, pattern: bool) -> bool:
 
 def check_topic(topic: str, url: Url, *, pattern: bool) -> str:
     """Refuse what is no topic (or no pattern). Raises BadOption."""
-    if not _is_topic(topic, pattern):
+    if not isinstance(topic, str) or not _is_topic(topic, pattern):
         kind = "pattern" if pattern else "topic"
         raise errors.BadOption(
-            f"{topic!r} is no {kind}",
+            f"{topic!r:.80} is no {kind}",
             url=url,
-            hint="levels with dots between them: eu.paris; in a pattern * is one level, and > the rest",
+            hint="levels of 1 to 100 characters with dots between them, 200 in all: eu.paris; in a pattern * is one level, "
+            "and > the rest",
         )
     return topic
+
+
+def check_group(group: str | None, url: Url) -> str | None:
+    """Refuse what is no name of a group. Raises BadOption."""
+    if group is not None and not (isinstance(group, str) and _GROUP.match(group)):
+        raise errors.BadOption(
+            f"{group!r:.80} is no name of a group", url=url, hint="1 to 100 letters, digits and '_', '.', ':', '-'"
+        )
+    return group
 
 
 class _Publishing:
     """The publishing verbs as steps."""
 
-    __slots__ = ("_outlet", "_url")
+    __slots__ = ("_outlet", "_publishing", "_url")
 
-    def __init__(self, outlet: Publishing, url: Url) -> None:
+    def __init__(self, outlet: Publishing, url: Url, publishing: threading.Lock) -> None:
         self._outlet, self._url = outlet, url
+        self._publishing = publishing  # of the thread that is about it, also while it sleeps
 
     def publish(self, parcels: Sequence[Parcel]) -> Steps[int]:
         return put_all(self._outlet, parcels, self._url, "publish")
 
     def wait_for(self, count: int) -> Steps[None]:
-        while self._outlet.subscribers() < count:
-            wait = self._outlet.arm(Want.RECV)
-            if self._outlet.subscribers() >= count:
-                return
-            yield wait
+        """Looks at the outlet between two publishings only, and so neither holds up a thread that publishes nor takes from it
+        what it is to wake by. Such a thread may take that from us: so we also look again by ourselves.
+        """
+        there = 0
+        try:
+            while True:
+                wait = Wait((), _LOOK_AGAIN)
+                if self._publishing.acquire(blocking=False):
+                    try:
+                        there = self._outlet.subscribers()
+                        if there < count:
+                            fds, at_most = self._outlet.arm(Want.RECV)
+                            wait = Wait(fds, _LOOK_AGAIN if at_most is None else min(at_most, _LOOK_AGAIN))
+                            there = self._outlet.subscribers()
+                    finally:
+                        self._publishing.release()
+                    if there >= count:
+                        return
+                yield wait
+        except errors.Timeout as timeout:
+            raise errors.Timeout(
+                f"{there} of {count} subscribers came in time", url=timeout.url, operation=timeout.operation
+            ) from None
 
 
 class _Subscribing(Taking):
@@ -92,17 +124,21 @@ class _BasePublisher(Endpoint, Generic[T]):
     def __init__(self, outlet: Publishing, opening: Opening) -> None:
         super().__init__(outlet, located(outlet, opening.url), opening.capabilities)
         self._outlet = outlet
-        self._steps = _Publishing(outlet, opening.url)
         self._encode: Callable[[T], Any] = opening.codec.encode
         self._lane = Lane(self._gate, "publish")
+        self._steps = _Publishing(outlet, opening.url, self._lane.mutex)
 
     def _parcel(self, value: T, topic: str, headers: Mapping[str, str] | None) -> Parcel:
         return Parcel(
             body_of(self._encode(value)),
             new_id(),
             check_headers(headers, self.url),
-            topic=check_topic(topic, self.url, pattern=False) if topic else "",
+            topic=check_topic(topic, self.url, pattern=False) if topic != "" else "",
         )
+
+    def _waiting(self) -> Lane:
+        """Of each who waits for subscribers: nobody has to wait for another one's number."""
+        return Lane(self._gate, "wait_for_subscribers")
 
     def stats(self) -> Mapping[str, int]:
         """Counters since it was opened: "sent", "bytes_sent", "dropped", "subscribers", and what the transport adds."""
@@ -123,8 +159,10 @@ class Publisher(_BasePublisher[T]):
         return run(self._steps.publish([self._parcel(v, topic, None) for v in values]), self._lane, timeout)
 
     def wait_for_subscribers(self, count: int, timeout: float | None = None) -> None:
-        """Return when `count` subscribers are there, so that nobody misses the first message. Raises Timeout."""
-        run(self._steps.wait_for(count), self._lane, timeout)
+        """Return when `count` subscribers are there, so that nobody misses the first message. Raises Timeout, and says how many
+        there are. Another thread can publish meanwhile.
+        """
+        run(self._steps.wait_for(count), self._waiting(), timeout)
 
     def close(self) -> None:
         self._close()
@@ -150,7 +188,7 @@ class AsyncPublisher(_BasePublisher[T]):
         return await arun(self._steps.publish([self._parcel(v, topic, None) for v in values]), self._lane, timeout)
 
     async def wait_for_subscribers(self, count: int, timeout: float | None = None) -> None:
-        await arun(self._steps.wait_for(count), self._lane, timeout)
+        await arun(self._steps.wait_for(count), self._waiting(), timeout)
 
     async def close(self) -> None:
         self._close()
@@ -283,6 +321,10 @@ class _TopicOpening(Opening):
                 url=self.url,
                 operation=self._operation,
             )
+        if not isinstance(retain, int) or retain < 0:
+            raise errors.BadOption(
+                f"retain={retain!r} must be a number of messages, or 0", url=self.url, operation=self._operation
+            )
         terms = PublishTerms(on_full=on_full, retain=retain)
         if self._native is not None:
             return self._native.publisher(self.url, self._options, terms)
@@ -297,7 +339,7 @@ class _TopicOpening(Opening):
         if isinstance(topics, str) or not topics:
             raise errors.BadOption("topics must be a list of patterns", url=self.url, operation=self._operation)
         checked = tuple(check_topic(topic, self.url, pattern=True) for topic in topics)
-        terms = TopicTerms(topics=checked, group=group)
+        terms = TopicTerms(topics=checked, group=check_group(group, self.url))
         if self._native is not None:
             return self._native.subscriber(self.url, self._options, terms)
         from . import _linkhub

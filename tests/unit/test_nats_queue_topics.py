@@ -220,3 +220,24 @@ def test_core_says_that_it_holds_nobody_up(shared, name):
         ipckit.publisher(url)
     with pytest.raises(errors.Unsupported, match="replay"):
         ipckit.subscriber(shared.address(f"/{name}", durable="0", replay="all"))
+
+
+@pytest.mark.parametrize("durable", [0, 1])
+def test_what_was_refused_was_missed_by_nobody(shared, name, durable):
+    """Under a pattern, where messages are counted by the numbers that their publisher gives them."""
+    url = shared.address(f"/{name}", durable=str(durable))
+    on_full = "block" if durable else "drop_new"
+    with (
+        ipckit.publisher(url, on_full=on_full, timeout=HANG) as publisher,
+        ipckit.subscriber(url, topics=["eu.*"], timeout=HANG) as subscriber,
+    ):
+        publisher.publish(b"1", "eu.paris", HANG)
+        for size in (8 << 20, 20 << 20):
+            with pytest.raises(errors.MessageTooLarge, match="^publish nats://"):
+                publisher.publish(bytes(size), "eu.paris", HANG)
+        publisher.publish(b"2", "eu.paris", HANG)
+        assert [(message.value, message.gap) for message in (subscriber.recv(HANG), subscriber.recv(HANG))] == [
+            (b"1", 0),
+            (b"2", 0),
+        ]
+        assert subscriber.stats()["dropped"] == 0

@@ -289,6 +289,31 @@ GREETINGS = [
 ]
 
 
+def test_who_is_turned_away_tries_again_and_is_told(hub, monkeypatch):
+    """The listener has no room for another session, for example: it says goodbye in place of a welcome."""
+    open_inbox, main = hub.open_inbox, threading.current_thread()
+
+    def only_for_clients():
+        if threading.current_thread() is not main:
+            raise errors.ResourceLimit("no more queues", url=URL)
+        return (yield from open_inbox())
+
+    monkeypatch.setattr(hub, "open_inbox", only_for_clients)
+
+    def listen(desk):
+        with pytest.raises(errors.Timeout):
+            drive(accepting(desk), 0.7)
+
+    with contextlib.closing(drive(rv.listen(hub, 1 << 20))) as desk:
+        listening = threading.Thread(target=listen, args=(desk,))
+        listening.start()
+        with pytest.raises(errors.NothingListening, match=r"turned us away.*its log says why"):
+            drive(rv.connect(hub, 1 << 20), 0.5)
+        listening.join()
+    assert hub.count > 1
+    assert not hub.boxes
+
+
 @pytest.mark.parametrize("garbage", GREETINGS)
 def test_garbage_at_the_rendezvous_costs_nobody_else(hub, garbage):
     desk = drive(rv.listen(hub, 1 << 10))

@@ -55,8 +55,12 @@ class CorePublisher:
         most = min(self._limit, self._jet.client.max_payload - len(headers))
         if len(parcel.body) > most:
             raise errors.MessageTooLarge(
-                f"{len(parcel.body)} bytes, and the limit is {most}", url=self._jet.url, operation="publish"
+                f"{len(parcel.body)} bytes, and the limit is {most}",
+                url=self._jet.url,
+                operation="publish",
+                hint="raise limit=" if most == self._limit else "the server's own limit is its max_payload",
             )
+        self._numbers.used(subject)
         frame = command(subject, "", parcel.body, headers)
         self._held.append(frame)
         self._bytes += len(frame)

@@ -50,6 +50,8 @@ class _Sent:
 class JetOutlet:
     """An Outlet. A message is ours until the server has confirmed it."""
 
+    _verb = "send"  # what errors say that was called
+
     def __init__(
         self,
         jet: Jet,
@@ -92,11 +94,14 @@ class JetOutlet:
     def try_put(self, parcel: Parcel) -> bool:
         if len(parcel.body) > self._limit:
             raise errors.MessageTooLarge(
-                f"{len(parcel.body)} bytes, and the limit is {self._limit}", url=self._jet.url, operation="send"
+                f"{len(parcel.body)} bytes, and the limit is {self._limit}",
+                url=self._jet.url,
+                operation=self._verb,
+                hint="raise limit=",
             )
         if not self._room():
             self._jet.home.do(self._write)
-            self._jet.check("send")
+            self._jet.check(self._verb)
             if not self._room():
                 return False
         subject, extra = self._subject(parcel)
@@ -107,7 +112,7 @@ class JetOutlet:
             raise errors.MessageTooLarge(
                 f"{len(parcel.body)} bytes and headers, and the server takes {most}",
                 url=self._jet.url,
-                operation="send",
+                operation=self._verb,
                 hint="see its max_payload",
             )
         self._number += 1
@@ -131,7 +136,7 @@ class JetOutlet:
         elif self._pending:
             self._jet.home.turn()
         if self._pending:
-            self._jet.check("send")
+            self._jet.check(self._verb)
             return False
         return True
 
@@ -178,7 +183,7 @@ class JetOutlet:
 
     def _refused(self, sent: _Sent, refused: ApiError) -> bool:
         """True when that is the end of it."""
-        error = refusal(refused, self._jet.url, "send")
+        error = refusal(refused, self._jet.url, self._verb)
         if isinstance(error, errors.QueueFull) and self._on_full == "drop_new":
             self._counters["dropped"] += 1
             return True
@@ -214,7 +219,7 @@ class JetOutlet:
                     sent.parcel.failure = errors.OutcomeUnknown(
                         "sent, and not confirmed for so long that the server may have forgotten its id",
                         url=self._jet.url,
-                        operation="send",
+                        operation=self._verb,
                         message_id=sent.parcel.id,
                         hint="look whether it is there before you send it again; dedup= says how long ids are remembered",
                     )

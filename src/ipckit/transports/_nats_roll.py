@@ -59,11 +59,15 @@ class Numbers:
         self._numbers: dict[str, int] = {}
 
     def line(self, subject: str) -> str:
+        """For the next message on this subject."""
         if not self._publisher or len(self._numbers) >= _NUMBERS:
             # Begin again as another publisher, rather than grow for ever.
             self._publisher, self._numbers = secrets.token_hex(6), {}
-        number = self._numbers[subject] = self._numbers.get(subject, 0) + 1
-        return f"{FROM}: {self._publisher} {number}\r\n"
+        return f"{FROM}: {self._publisher} {self._numbers.get(subject, 0) + 1}\r\n"
+
+    def used(self, subject: str) -> None:
+        """That message is on its way. One that was refused has used no number: nobody has missed it."""
+        self._numbers[subject] = self._numbers.get(subject, 0) + 1
 
 
 class Gaps:

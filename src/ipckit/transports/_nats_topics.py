@@ -51,12 +51,15 @@ _INACTIVE = 300 * 10**9  # ns after which the server drops a consumer whose subs
 class _DurablePublisher(JetOutlet):
     """A queue's sender, to the subject of the topic."""
 
+    _verb = "publish"
+
     def __init__(self, jet: Jet, stream: str, limit: int, dedup: float, terms: PublishTerms) -> None:
-        numbers = Numbers()
+        self._numbers = Numbers()
+        self._stream = stream
 
         def subject(parcel: Parcel) -> tuple[str, str]:
-            name = f"{stream}.{parcel.topic}" if parcel.topic else stream
-            return name, numbers.line(name)
+            name = self._name(parcel)
+            return name, self._numbers.line(name)
 
         super().__init__(jet, subject, limit, dedup, terms.on_full)
         self._roll = Roll(jet, stream)
@@ -66,6 +69,15 @@ class _DurablePublisher(JetOutlet):
     async def start(self) -> None:
         await self._roll.start()
         await super().start()
+
+    def _name(self, parcel: Parcel) -> str:
+        return f"{self._stream}.{parcel.topic}" if parcel.topic else self._stream
+
+    def try_put(self, parcel: Parcel) -> bool:
+        taken = super().try_put(parcel)
+        if taken:
+            self._numbers.used(self._name(parcel))
+        return taken
 
     def subscribers(self) -> int:
         self._jet.check("wait_for_subscribers")

@@ -95,7 +95,8 @@ def keep_trying(url: Url, find: Callable[[], Steps[T | None]], knock: Callable[[
         message = "there is a listener, but it did not accept in time" if found else "nobody listens at this address"
         if last is not None:
             message = f"{message}; last: {last.message}"
-        raise errors.NothingListening(message, url=url, operation="connect") from last or timeout
+        hint = None if last is None else last.hint
+        raise errors.NothingListening(message, url=url, operation="connect", hint=hint) from last or timeout
 
 
 def _knock(post: Post, card: Card, limit: int, make: Maker[L]) -> Steps[L]:
@@ -161,6 +162,9 @@ def _get(inbox: Inbox, watch: Watch) -> Steps[bytes]:
 
 
 def read_greeting(url: Url, kind: bytes, frame: bytes) -> Greeting:
+    """Raises PeerClosed for one who says goodbye instead; ProtocolError."""
+    if kind == WELCOME and frame == BYE:
+        raise errors.PeerClosed("the listener turned us away", url=url, hint="its log says why, unless it has closed")
     if frame[:1] != kind or len(frame) > MAX_GREETING:
         raise errors.ProtocolError(f"{frame[:1]!r} where {kind!r} was expected", url=url)
     try:
