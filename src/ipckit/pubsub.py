@@ -113,6 +113,15 @@ class _Subscribing(Taking):
     __slots__ = ()
 
     def settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> Steps[None]:
+        if (
+            verdict is Verdict.NACK and parcel.token is None
+        ):  # it would be lost, and the user would believe that it is not
+            raise errors.Unsupported(
+                "nobody hands this out again",
+                url=self._url,
+                operation="nack",
+                hint="a group does, where the transport declares 'consumer_groups'",
+            )
         while not (self._intake.try_settle(parcel, verdict, delay) and self._intake.try_flush()):
             wait = self._intake.arm(Want.SEND)
             if self._intake.try_settle(parcel, verdict, delay) and self._intake.try_flush():
@@ -211,8 +220,10 @@ class _BaseSubscriber(Endpoint, Generic[T]):
         self._tx = Lane(self._gate, "ack")
 
     def stats(self) -> Mapping[str, int]:
-        """Counters since it was opened: "received", "bytes_received", "dropped", and what the transport adds."""
-        return dict(self._intake.counters())
+        """Counters since it was opened: "received", "bytes_received", "dropped" (of a group: none, as the others may have got
+        what is not here), and what the transport adds.
+        """
+        return {"dropped": 0, **self._intake.counters()}
 
 
 class Subscriber(_BaseSubscriber[T]):

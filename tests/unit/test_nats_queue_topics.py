@@ -233,7 +233,7 @@ def test_what_was_refused_was_missed_by_nobody(shared, name, durable):
     ):
         publisher.publish(b"1", "eu.paris", HANG)
         for size in (8 << 20, 20 << 20):
-            with pytest.raises(errors.MessageTooLarge, match="^publish nats://"):
+            with pytest.raises(errors.MessageTooLarge, match=r"^publish nats://"):
                 publisher.publish(bytes(size), "eu.paris", HANG)
         publisher.publish(b"2", "eu.paris", HANG)
         assert [(message.value, message.gap) for message in (subscriber.recv(HANG), subscriber.recv(HANG))] == [
@@ -241,3 +241,15 @@ def test_what_was_refused_was_missed_by_nobody(shared, name, durable):
             (b"2", 0),
         ]
         assert subscriber.stats()["dropped"] == 0
+
+
+def test_a_group_hands_out_again_and_others_say_that_they_do_not(shared, name):
+    url = shared.address(f"/{name}", replay="all")
+    with ipckit.publisher(url, timeout=HANG) as publisher:
+        publisher.publish(b"x", "eu", HANG)
+    with ipckit.subscriber(url, group="g", timeout=HANG) as group, ipckit.subscriber(url, timeout=HANG) as alone:
+        group.recv(HANG).nack()
+        assert group.recv(HANG).redelivered == 1
+        assert group.stats()["dropped"] == 0
+        with pytest.raises(errors.Unsupported, match="nobody hands this out again"):
+            alone.recv(HANG).nack()

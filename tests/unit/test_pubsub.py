@@ -101,3 +101,15 @@ def test_tasks_publish_while_one_waits():
                 await waiting
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("url", ["inproc://t", "shm://t", "udp://127.0.0.1:0"])
+def test_what_nobody_hands_out_again_cannot_be_refused(url):
+    with ipckit.publisher(url) as publisher, ipckit.subscriber(publisher.url, timeout=HANG) as subscriber:
+        publisher.wait_for_subscribers(1, HANG)
+        publisher.publish(b"x")
+        message = subscriber.recv(HANG)
+        with pytest.raises(errors.Unsupported, match="nobody hands this out again"):
+            message.nack()
+        message.ack()
+        message.extend()
