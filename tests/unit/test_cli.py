@@ -13,6 +13,7 @@ import pytest
 
 import ipckit
 from ipckit import _registry
+from ipckit.bench import patterns
 from ipckit.cli import main
 
 
@@ -45,6 +46,49 @@ def test_transports_in_a_pipe_is_plain_and_whole():
         assert row in done.stdout
     for scheme in ("inproc", "unix", "tcp", "shm"):
         assert f"\n{scheme} " in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["transports", "--json"], ["transports"], ["locks"], ["--help"]])
+def test_a_reader_that_goes_away_is_no_traceback(arguments, tmp_path):
+    """Also where the text is so short that it is written at the end only."""
+    environment = {**os.environ, "IPCKIT_RUNTIME_DIR": str(tmp_path)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ipckit", *arguments],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            env=environment,
+            timeout=60,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", [["transports", "--json"], ["locks"], ["--help"]])
+def test_a_full_disk_is_told(arguments, tmp_path):
+    environment = {**os.environ, "IPCKIT_RUNTIME_DIR": str(tmp_path)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ipckit", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (2, b"ipckit: No space left on device\n")
+
+
+def test_the_help_of_bench_names_every_pattern(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    *others, last = sorted(patterns.names(), key=["channel", "queue", "pubsub", "rpc"].index)
+    assert f"what to measure: {', '.join(others)} or {last}" in text
 
 
 def test_what_is_not_installed_says_how_to_get_it(capsys, monkeypatch):
@@ -84,6 +128,8 @@ def test_without_rich_one_is_told(capsys, monkeypatch):
         (["--cpus", "0"], "--cpus takes two numbers"),
         (["--cpus", "0,4095"], "there is no CPU 4095"),
         (["--compare", "/nonexistent"], "cannot be read"),
+        (["--json", "/nonexistent/results.json"], "--json: there is no directory /nonexistent"),
+        (["--svg", "/"], "--svg: / is a directory"),
     ],
 )
 def test_bench_refuses_what_it_does_not_understand(capsys, arguments, text):

@@ -74,12 +74,17 @@ def test_proto_is_what_protoc_reads(capsys):
         ("nothing", "neither MODULE:CLASS nor a file"),
         ("old_shop:Nothing", "cannot be imported"),
         ("no_such_module:Shop", "cannot be imported"),
+        ("fails:Shop", "cannot be imported: ValueError: not today ("),
+        ("fails:Shop", "fails.py, line 2)"),
+        ("torn:Shop", "torn.py"),
         ("other.json", "no description of a contract"),
         ("list.json", "no description of a contract"),
         ("half.json", "missing required field `shape`"),
     ],
 )
 def test_what_is_no_contract_is_said(capsys, what, text):
+    Path("fails.py").write_text('"""A module."""\nraise ValueError("not today")\n')
+    Path("torn.py").write_text("def (\n")
     Path("other.json").write_text('{"methods": 3}')
     Path("list.json").write_text("[]")
     Path("half.json").write_text('{"methods": {"price": {}}, "$defs": {}}')

@@ -7,6 +7,9 @@ A command is a module with `add(subparsers)`, which declares its arguments and n
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +21,29 @@ COMMANDS = (bench, contract, gc, locks, transports)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 1 something was found wrong, 2 not understood, 130 Ctrl-C."""
+    """Run one command; returns its exit status.
+
+    0: done. 1: something was found wrong, or nobody reads any more. 2: not understood, or not possible. 130: Ctrl-C.
+
+    What it prints is flushed here, where it can be told that nobody takes it; at the interpreter's end it would be too late.
+    """
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "standard output is closed")
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `ipckit transports | head`
+        _discard_output()
+        return 1
+    except OSError as error:
+        print(f"ipckit: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        _discard_output()
+        return 2
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="ipckit", description="Every inter-process transport behind one interface.")
     parser.add_argument("--version", action="version", version=f"ipckit {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -33,10 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ipckit: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `ipckit transports | head`
-        sys.stderr.close()
-        return 1
     return status
+
+
+def _discard_output() -> None:
+    """What is left in the buffer, and could not be written: the interpreter would try once more, and fail aloud."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def need_rich() -> None:

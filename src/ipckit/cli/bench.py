@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -43,13 +44,13 @@ def add(subparsers: Any) -> None:
         default=[],
         metavar="SIZE",
         help="bytes of a message; the first is that of the latencies, all are sent one way; default: 64 and "
-        "1MiB, of queues 64KiB, of topics 16KiB",
+        "1MiB, of queues and calls 64KiB, of topics 16KiB",
     )
     parser.add_argument(
         "--pattern",
         default="channel",
         metavar="NAME",
-        help="what to measure (channel, queue, pubsub ...); default: channel",
+        help="what to measure: channel, queue, pubsub or rpc; default: channel",
     )
     parser.add_argument("--shell", choices=("sync", "aio", "both"), default="both", help="ipckit, ipckit.aio, or both")
     parser.add_argument(
@@ -77,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
         raise BadOption(f"--size must be {error}") from None
     if min(sizes) < 1:
         raise BadOption("--size must be 1 or more")
+    for name, path in (("--json", args.json), ("--svg", args.svg)):
+        if path is not None:
+            _check_writable(name, path)
     cases = patterns.select(args.pattern, args.transport)
     before = results.load(args.compare) if args.compare else None
     shells: tuple[scenarios.Shell, ...] = ("sync", "aio") if args.shell == "both" else (args.shell,)
@@ -91,15 +95,28 @@ def run(args: argparse.Namespace) -> int:
         if seconds >= _LONG:
             print(f"ipckit bench: about {_minutes(seconds)}", file=sys.stderr, flush=True)
         found = planned.run()
-    if args.json:
-        found.save(args.json)
-    console.print(report.report(found, console))
+    try:
+        if args.json:
+            found.save(args.json)
+    finally:
+        console.print(report.report(found, console))
     if before is not None:
         console.print()
         console.print(compare(before, found))
     if args.svg:
         console.save_svg(str(args.svg), title="ipckit bench")
     return 1 if found.failures() else 0
+
+
+def _check_writable(name: str, path: Path) -> None:
+    """Before all is measured, not after. Raises BadOption."""
+    if path.is_dir():
+        raise BadOption(f"{name}: {path} is a directory")
+    place = path if path.exists() else path.parent
+    if not place.exists():
+        raise BadOption(f"{name}: there is no directory {place}")
+    if not os.access(place, os.W_OK):
+        raise BadOption(f"{name}: {place} cannot be written")
 
 
 def _minutes(seconds: float) -> str:

@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from ..errors import BadOption, ConfigError
 
 
 def add(subparsers: Any) -> None:
-    parser = subparsers.add_parser("contract", help="export what a service promises, and compare it with what it was")
+    what = "export what a service promises, and compare it with what it was"
+    parser = subparsers.add_parser("contract", help=what, description=what.capitalize() + ".")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
-    export = actions.add_parser("export", help="write a contract as protocol buffers or JSON Schema")
+    export = actions.add_parser(
+        "export",
+        help="write a contract as protocol buffers or JSON Schema",
+        description="Write the contract of a service to standard output.",
+    )
     form = export.add_mutually_exclusive_group(required=True)
     form.add_argument("--proto", action="store_true", help="a .proto file")
     form.add_argument("--json-schema", action="store_true", help="a JSON Schema document, which `check` reads")
@@ -29,7 +35,12 @@ def add(subparsers: Any) -> None:
     export.add_argument("service", metavar="MODULE:CLASS", help="the service")
     export.set_defaults(run=run_export)
 
-    check = actions.add_parser("check", help="which changes break callers; exit status 1 when one does")
+    check = actions.add_parser(
+        "check",
+        help="which changes break callers; exit status 1 when one does",
+        description="Say which changes from OLD to NEW break callers of OLD. Exit status 1 when one does, 2 when OLD or NEW "
+        "cannot be read.",
+    )
     check.add_argument("--json", action="store_true", help="a list of what breaks, for machines")
     for name in ("old", "new"):
         check.add_argument(name, metavar=name.upper(), help="MODULE:CLASS, or a file that `export --json-schema` wrote")
@@ -92,4 +103,13 @@ def load(what: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{what} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the module's own code raises
+        raise ConfigError(f"{what} cannot be imported: {_told(error)}") from error
     return found
+
+
+def _told(error: Exception) -> str:
+    """With the place: the module is the user's."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return text if isinstance(error, SyntaxError) else f"{text} ({at.filename}, line {at.lineno})"
