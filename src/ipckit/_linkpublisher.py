@@ -208,9 +208,13 @@ class LinkPublisher:
                 self._crowd.dismiss(reader)
         if self._crowd.members and time.monotonic() < self._deadline:
             return True
-        for reader in [reader for reader in self._crowd.members if reader.behind]:
-            lost = len(reader.queue) + sum(gap for _, gap in reader.queue) + reader.gap
-            _log.warning("%s: closed, and a subscriber that does not receive lost %d messages", self._url, lost)
+        for reader in self._crowd.members:
+            lost = len(reader.queue) + (
+                reader.unsent and self._handed_over
+            )  # elsewhere, what a link has may still arrive
+            self._dropped += lost
+            if lost:
+                _log.warning("%s: closed, and a subscriber that does not receive lost %d messages", self._url, lost)
         self._deadline = None
         self._crowd.close()
         return False

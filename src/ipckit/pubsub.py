@@ -174,6 +174,9 @@ class Publisher(_BasePublisher[T]):
         run(self._steps.wait_for(count), self._waiting(), timeout)
 
     def close(self) -> None:
+        """Immediate. What waits for subscribers still goes out by itself, for 5 s and also at the end of the program; what a
+        subscriber that does not receive has lost then is told in the log.
+        """
         self._close()
 
     def __enter__(self) -> Publisher[T]:

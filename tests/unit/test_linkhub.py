@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -175,3 +176,31 @@ def test_too_large_for_the_link():
             publisher.publish(bytes(1000), "t")
         publisher.publish(bytes(900), "t")
         assert len(subscriber.recv(5).value) == 900
+
+
+def test_what_a_closed_publisher_could_not_deliver_is_counted_and_told(monkeypatch, caplog):
+    """Of one that does not receive: what is in the kernel arrives, the rest is lost, and nothing else is called lost."""
+    monkeypatch.setattr("ipckit._linkpublisher.LINGER", 0.1)
+    count = 300
+    publisher = ipckit.publisher("unix://p?backlog=50", on_full="drop_old")
+    with ipckit.subscriber("unix://p", timeout=5) as subscriber:
+        publisher.wait_for_subscribers(1, 5)
+        for number in range(count):
+            publisher.publish(b"%d" % number + bytes(10_000))
+        before, waiting = publisher.stats()["dropped"], publisher.stats()["queued"]
+        assert before
+        assert waiting
+        publisher.close()
+        deadline = time.monotonic() + 20
+        while not caplog.records:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        lost = publisher.stats()["dropped"] - before
+        assert lost in (waiting, waiting + 1)  # with the one of which a part had left
+        assert f"lost {lost} messages" in caplog.text
+        received = 0
+        with contextlib.suppress(errors.Timeout):
+            while True:
+                subscriber.recv(0.2)
+                received += 1
+        assert received + publisher.stats()["dropped"] == count
