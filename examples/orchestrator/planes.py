@@ -21,6 +21,8 @@ class Planes:
 
 def configuration() -> tuple[Planes, dict]:
     """The file that the command line names."""
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {Path(sys.argv[0]).name} planes.toml")
     read = tomllib.loads(Path(sys.argv[1]).read_text())
     return Planes(**read["planes"]), read["run"]
 

@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import ipckit
 from ipckit.testing.conformance import broker, free_port
 from ipckit.testing.servers import redis_server
 
@@ -56,7 +58,21 @@ def test_the_three_planes(tmp_path):
         ):
             assigned = happened.index(["task.assigned", "orchestrator", text])
             assert assigned < happened.index(["task.done", "agent", result])
-        assert python("audit.py", directory, environ) == log, "the log is there for whoever asks next"
+        events = tomllib.loads(changed)["planes"]["events"]
+        with ipckit.publisher(events, codec="msgpack", on_full="drop_old", timeout=20) as another_run:
+            another_run.publish({"who": "orchestrator", "about": "again"}, "run.ended", 20)
+        once_more = python("audit.py", directory, environ)
+        assert once_more[:-1] == log, "the log is there for whoever asks next"
+        assert once_more[-1].split()[1:] == ["run.ended", "orchestrator", "again"], (
+            "all of it, and not only the first run"
+        )
+
+
+def test_every_party_says_how_it_is_used():
+    for script in EXAMPLE.glob("*.py"):
+        if script.name != "planes.py":
+            done = subprocess.run([sys.executable, script], timeout=60, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (1, f"usage: python {script.name} planes.toml\n")
 
 
 def test_no_party_names_a_transport():

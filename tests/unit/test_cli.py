@@ -137,7 +137,7 @@ def test_bench_refuses_what_it_does_not_understand(capsys, arguments, text):
     assert text in capsys.readouterr().err
 
 
-def test_bench_measures_writes_and_compares(tmp_path):
+def test_bench_measures_writes_and_compares(tmp_path, capsys):
     first = tmp_path / "first.json"
     arguments = ("bench", "--quick", "--transport", "inproc", "--shell", "sync", "--size", "64")
     done = call(*arguments, "--json", str(first), "--svg", str(tmp_path / "table.svg"))
@@ -150,6 +150,8 @@ def test_bench_measures_writes_and_compares(tmp_path):
     assert "<svg" in (tmp_path / "table.svg").read_text()
     done = call(*arguments, "--compare", str(first))
     assert "Change since" in done.stdout
+    assert main(["bench", "--pattern", "queue", "--compare", str(first)]) == 2
+    assert "has nothing of --pattern queue (it has: channel)" in capsys.readouterr().err
 
 
 def test_bench_of_a_queue(tmp_path):

@@ -83,6 +83,11 @@ def run(args: argparse.Namespace) -> int:
             _check_writable(name, path)
     cases = patterns.select(args.pattern, args.transport)
     before = results.load(args.compare) if args.compare else None
+    if before is not None and args.pattern not in (measured := {row.pattern for row in before.rows}):
+        raise BadOption(
+            f"--compare: {args.compare} has nothing of --pattern {args.pattern}",
+            hint=f"it has: {', '.join(sorted(measured))}",
+        )
     shells: tuple[scenarios.Shell, ...] = ("sync", "aio") if args.shell == "both" else (args.shell,)
     budget = session.QUICK if args.quick else session.FULL
     cpus = machine.choose_cpus(args.cpus)
