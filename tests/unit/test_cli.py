@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -181,6 +182,21 @@ def test_bench_ends_with_1_when_something_failed():
     done = call("bench", "--quick", "--shell", "sync", "--transport", "inproc://x?nosuch=1", "--size", "64")
     assert done.returncode == 1
     assert "FAILED" in done.stdout
+
+
+def test_a_limit_of_this_machine_is_no_failure():
+    pytest.importorskip("posix_ipc")
+    limit = (4000, resource.getrlimit(resource.RLIMIT_MSGQUEUE)[1])  # bytes, for all queues of a user
+    done = subprocess.run(
+        [sys.executable, "-m", "ipckit", "bench", "--pattern", "pubsub", "--quick", "-t", "mq", "--shell", "sync"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_MSGQUEUE, limit),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not here  mq, ipckit: ResourceLimit" in done.stdout
+    assert "RLIMIT_MSGQUEUE" in done.stdout
 
 
 def children(pid: int) -> list[int]:

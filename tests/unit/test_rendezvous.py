@@ -289,13 +289,24 @@ GREETINGS = [
 ]
 
 
-def test_who_is_turned_away_tries_again_and_is_told(hub, monkeypatch):
-    """The listener has no room for another session, for example: it says goodbye in place of a welcome."""
+@pytest.mark.parametrize(
+    ("problem", "error", "told"),
+    [
+        (
+            errors.ResourceLimit("no more queues", url=URL, hint="buy some"),
+            errors.ResourceLimit,
+            r"no more queues \(buy some\)",
+        ),
+        (OSError("a mystery"), errors.NothingListening, r"turned us away \(its log says why"),
+    ],
+)
+def test_who_is_turned_away_is_told(hub, monkeypatch, problem, error, told):
+    """At once, if the listener has no room for another session; else it tries again: another one may come."""
     open_inbox, main = hub.open_inbox, threading.current_thread()
 
     def only_for_clients():
         if threading.current_thread() is not main:
-            raise errors.ResourceLimit("no more queues", url=URL)
+            raise problem
         return (yield from open_inbox())
 
     monkeypatch.setattr(hub, "open_inbox", only_for_clients)
@@ -307,10 +318,10 @@ def test_who_is_turned_away_tries_again_and_is_told(hub, monkeypatch):
     with contextlib.closing(drive(rv.listen(hub, 1 << 20))) as desk:
         listening = threading.Thread(target=listen, args=(desk,))
         listening.start()
-        with pytest.raises(errors.NothingListening, match=r"turned us away.*its log says why"):
+        with pytest.raises(error, match=told):
             drive(rv.connect(hub, 1 << 20), 0.5)
         listening.join()
-    assert hub.count > 1
+    assert (hub.count > 1) == (error is errors.NothingListening)
     assert not hub.boxes
 
 

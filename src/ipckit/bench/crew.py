@@ -27,11 +27,14 @@ _END = 3.0
 
 
 class ContenderFailed(Exception):
-    """One contender cannot be measured. The text is what a reader of the table is told."""
+    """One contender cannot be measured. The text is what a reader of the table is told.
 
-    def __init__(self, text: str, hint: str | None = None) -> None:
+    `absent`: this machine cannot do it, which is no failure of ours.
+    """
+
+    def __init__(self, text: str, hint: str | None = None, *, absent: bool = False) -> None:
         super().__init__(text)
-        self.hint = hint
+        self.hint, self.absent = hint, absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +225,7 @@ class Crew:
         reports = [report for worker in ready for report in worker.reports()]
         for report in reports:
             if "failed" in report:
-                raise ContenderFailed(report["failed"], report["hint"])
+                raise ContenderFailed(report["failed"], report["hint"], absent=report["absent"])
         return reports
 
     def close(self, patience: float = _END) -> None:

@@ -216,7 +216,7 @@ def _failures(results: Results) -> Iterator[RenderableType]:
             if each.failed is None or (each.name, each.failed) in seen:
                 continue
             seen.add((each.name, each.failed))
-            style, word = ("yellow", "not installed") if each.absent else ("red", "FAILED")
+            style, word = ("yellow", "not here") if each.absent else ("red", "FAILED")
             line = Text.assemble((word, f"bold {style}"), f"  {row.label}, {each.name}: {each.failed}")
             if each.hint:
                 line.append(f" ({each.hint})", style=QUIET)

@@ -416,7 +416,8 @@ def _failing(contender: _Contender) -> Iterator[None]:
         yield
     except (ContenderFailed, OSError) as error:
         contender.found.failed = str(error)
-        contender.found.hint = error.hint if isinstance(error, ContenderFailed) else None
+        if isinstance(error, ContenderFailed):
+            contender.found.hint, contender.found.absent = error.hint, error.absent
         contender.crew.close(0.2)
 
 

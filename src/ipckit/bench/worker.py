@@ -29,7 +29,7 @@ from importlib import import_module
 from time import process_time_ns, thread_time_ns
 from typing import Any, TextIO
 
-from ..errors import IpcError
+from ..errors import IpcError, MissingDependency, ResourceLimit
 from . import paced
 from .measure import Job, ameasure, measure
 from .wires import End, Side
@@ -73,9 +73,9 @@ class _Post:
     def failed(self, side: str, error: BaseException) -> None:
         if isinstance(error, IpcError):
             text = f"{type(error).__name__}: {error.message}"
-            self.report(side, failed=text, hint=error.hint)
+            self.report(side, failed=text, hint=error.hint, absent=isinstance(error, MissingDependency | ResourceLimit))
         else:
-            self.report(side, failed=f"{type(error).__name__}: {error}".strip(": "), hint=None)
+            self.report(side, failed=f"{type(error).__name__}: {error}".strip(": "), hint=None, absent=False)
 
 
 def _deliver(to: dict[str, Callable[[Order], object]]) -> None:

@@ -27,7 +27,8 @@ def add(subparsers: Any) -> None:
         description="Measure what each transport costs, in fresh pinned processes, beside the C floor of the same "
         "mechanism, the raw client library and the figure that was claimed for it.",
         epilog="Starts the Redis and NATS servers that it measures, unless IPCKIT_REDIS_URL and IPCKIT_NATS_URL name running "
-        "ones. Ends with status 1 if anything failed; what is not installed is no failure.",
+        "ones. Ends with status 1 if anything failed; what is not installed, or what this machine's limits have no room "
+        "for, is no failure.",
     )
     parser.add_argument(
         "--transport",

@@ -45,6 +45,7 @@ VERSION = 1
 HELLO = b"H"  # JSON: Greeting
 WELCOME = b"W"  # JSON: Greeting
 READY = b"R"  # nothing
+NO_ROOM = b"N"  # text: why the listener cannot have another session
 
 #: A greeting above this is nobody's; it also has to fit into the smallest mailbox.
 MAX_GREETING = 2048
@@ -89,6 +90,8 @@ def keep_trying(url: Url, find: Callable[[], Steps[T | None]], knock: Callable[[
             except (errors.NothingListening, errors.PeerError) as error:
                 log.debug("%s: the listener is gone, or the way to it: %s", url, error)
                 last = error
+                if isinstance(error, errors.PeerClosed):  # it lives, and has no use for us now
+                    pause = _LOOK_AGAIN[1]
             yield Wait((), pause)
             pause = min(pause * 2, _LOOK_AGAIN[1])
     except errors.Timeout as timeout:
@@ -162,9 +165,12 @@ def _get(inbox: Inbox, watch: Watch) -> Steps[bytes]:
 
 
 def read_greeting(url: Url, kind: bytes, frame: bytes) -> Greeting:
-    """Raises PeerClosed for one who says goodbye instead; ProtocolError."""
+    """Raises PeerClosed for a listener that is about to close, ResourceLimit for one that is full; ProtocolError."""
     if kind == WELCOME and frame == BYE:
         raise errors.PeerClosed("the listener turned us away", url=url, hint="its log says why, unless it has closed")
+    if kind == WELCOME and frame[:1] == NO_ROOM:
+        why = frame[1:MAX_GREETING].decode(errors="replace")
+        raise errors.ResourceLimit(f"the listener has no room: {why}", url=url, operation="connect")
     if frame[:1] != kind or len(frame) > MAX_GREETING:
         raise errors.ProtocolError(f"{frame[:1]!r} where {kind!r} was expected", url=url)
     try:
@@ -202,8 +208,9 @@ def admit(post: Post, frame: bytes, limit: int, make: Maker[Any] = MailLink) -> 
         except BaseException:
             inbox.close()
             raise
-    except BaseException:
-        outbox.close(BYE)
+    except BaseException as error:
+        full = isinstance(error, errors.ResourceLimit)
+        outbox.close((NO_ROOM + str(error).encode())[:MAX_GREETING] if full else BYE)
         watch.close()
         raise
     return make(post, inbox, outbox, watch, limit, hello.limit)
