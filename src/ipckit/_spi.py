@@ -357,7 +357,10 @@ class Publishing(Outlet, Protocol):
     """An Outlet that fans out."""
 
     def subscribers(self) -> int:
-        """How many subscribers are there now. `arm(Want.RECV)` announces that we sleep until there are more."""
+        """How many subscribers are there now. `arm(Want.RECV)` announces that we sleep until there are more.
+
+        `counters()` has the number as it was known last ("subscribers"), and may be asked by any thread at any time.
+        """
 
 
 OnFull: TypeAlias = Literal["block", "drop_old", "drop_new", "error"]

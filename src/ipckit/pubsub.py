@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _LEVEL = re.compile(r"[^\s.*>\x00-\x1f\x7f\ud800-\udfff]{1,100}\Z")
 _GROUP = re.compile(r"[A-Za-z0-9_.:-]{1,100}\Z")
-_LOOK_AGAIN = 0.05  # seconds; see `_Publishing.wait_for`
+_LOOK_AGAIN = (0.005, 0.05)  # seconds, while somebody publishes, and otherwise; see `_Publishing.wait_for`
 
 
 @functools.lru_cache(maxsize=1024)
@@ -84,24 +84,27 @@ class _Publishing:
         return put_all(self._outlet, parcels, self._url, "publish")
 
     def wait_for(self, count: int) -> Steps[None]:
-        """Looks at the outlet between two publishings only, and so neither holds up a thread that publishes nor takes from it
-        what it is to wake by. Such a thread may take that from us: so we also look again by ourselves.
+        """Asks and arms the outlet between two publishings only, and so neither holds up a thread that publishes nor takes from
+        it what it is to wake by. Such a thread may take that from us, so we look again by ourselves; while it is at it, or
+        held up by a slow subscriber, there are the counters, which anybody may read.
         """
         there = 0
         try:
             while True:
-                wait = Wait((), _LOOK_AGAIN)
+                wait = Wait((), _LOOK_AGAIN[0])
                 if self._publishing.acquire(blocking=False):
                     try:
                         there = self._outlet.subscribers()
                         if there < count:
                             fds, at_most = self._outlet.arm(Want.RECV)
-                            wait = Wait(fds, _LOOK_AGAIN if at_most is None else min(at_most, _LOOK_AGAIN))
+                            wait = Wait(fds, _LOOK_AGAIN[1] if at_most is None else min(at_most, _LOOK_AGAIN[1]))
                             there = self._outlet.subscribers()
                     finally:
                         self._publishing.release()
-                    if there >= count:
-                        return
+                else:
+                    there = self._outlet.counters()["subscribers"]
+                if there >= count:
+                    return
                 yield wait
         except errors.Timeout as timeout:
             raise errors.Timeout(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from pathlib import Path
 
@@ -66,6 +67,26 @@ def test_who_waits_for_subscribers_holds_no_other_thread_up(url):
             with ipckit.subscriber(publisher.url, timeout=HANG):
                 waiting.join(HANG)
         assert ended.is_set()
+
+
+@pytest.mark.parametrize("url", ["inproc://t?backlog=1", "unix://t?backlog=1", "shm://t?backlog=1"])
+def test_and_is_not_held_up_by_one_that_waits_for_a_slow_subscriber(url):
+    with ipckit.publisher(url) as publisher, ipckit.subscriber(publisher.url, timeout=HANG):
+        publisher.wait_for_subscribers(1, HANG)
+
+        def publish() -> None:
+            with contextlib.suppress(errors.Closed):
+                while True:
+                    publisher.publish(bytes(1 << 16))
+
+        publishing = threading.Thread(target=publish)
+        publishing.start()
+        try:
+            with ipckit.subscriber(publisher.url, timeout=HANG):
+                publisher.wait_for_subscribers(2, HANG)
+        finally:
+            publisher.close()
+            publishing.join(HANG)
 
 
 def test_and_is_woken_by_close():
