@@ -161,7 +161,11 @@ def _unconfirmed(parcels: Sequence[Parcel], url: Url, operation: str) -> errors.
         operation=operation,
         message_id=parcels[-1].id,
         message_ids=tuple(parcel.id for parcel in parcels),
-        hint="sending it again with id= the same makes no duplicate where the transport is durable",
+        hint=(
+            "sending it again with id= the same makes no duplicate where the transport is durable"
+            if operation == "send"
+            else "it may still arrive; published again, it may come twice"
+        ),
     )
 
 

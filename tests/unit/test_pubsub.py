@@ -134,3 +134,11 @@ def test_what_nobody_hands_out_again_cannot_be_refused(url):
             message.nack()
         message.ack()
         message.extend()
+
+
+def test_a_slow_subscriber_and_a_timeout_leave_it_unknown():
+    """There is no id to publish it again with, so that is not what one is told to do."""
+    with ipckit.publisher("unix://t") as publisher, ipckit.subscriber("unix://t", timeout=HANG):
+        publisher.wait_for_subscribers(1, HANG)
+        with pytest.raises(errors.OutcomeUnknown, match=r"publish unix://t: .* \(it may still arrive"):
+            publisher.publish(bytes(8 << 20), timeout=0.05)
