@@ -116,9 +116,8 @@ class _Subscribing(Taking):
     __slots__ = ()
 
     def settle(self, parcel: Parcel, verdict: Verdict, delay: float) -> Steps[None]:
-        if (
-            verdict is Verdict.NACK and parcel.token is None
-        ):  # it would be lost, and the user would believe that it is not
+        if verdict is Verdict.NACK and parcel.token is None:
+            # It would be lost, and the user would believe that it is not.
             raise errors.Unsupported(
                 "nobody hands this out again",
                 url=self._url,
