@@ -13,6 +13,8 @@ from ipckit.bench.patterns import names, select
 from ipckit.bench.patterns.channel import CHANNEL
 from ipckit.bench.scenarios import Case, Raw, Variant
 from ipckit.bench.stats import Flow, Trips
+from ipckit.testing.conformance import broker
+from ipckit.testing.servers import redis_server
 
 TINY = session.Budget(repeats=2, trips=0.002, flow=0.002)
 
@@ -182,6 +184,17 @@ def test_a_url_is_measured_as_it_stands(tmp_path):
     assert [row.label for row in found.rows] == ["unix spin=0"]
     assert not found.failures()
     assert found.rows[0].raw.trips is not None
+
+
+def test_of_the_raw_client_nothing_stays_in_a_server_of_yours():
+    redis = pytest.importorskip("redis")
+    with broker(redis_server(private=True)) as server:
+        found = run(select("queue", [server.address("/0/mine")]), sizes=(64,), pattern="queue")
+        assert not found.failures()
+        assert found.rows[0].raw.trips is not None
+        with redis.Redis.from_url(server.url) as client:
+            others = [key for key in client.scan_iter() if not key.startswith((b"mine", b"ipckit:{mine"))]
+        assert others == []
 
 
 # -- queues and topics --------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class Case:
         together: both ends live in one process.
         lossy: a flow may lose messages.
         server: what has to be started first.
+        theirs: the server that a whole URL names, which the raw client uses as well, and leaves as it was.
         awaited: it has a row of its own in the aio shell.
         flow_bytes: no single flow carries more: a broker holds it all in memory, or drops a reader that lags.
         references: what people know, to compare with in place of floors; sync only.
@@ -94,6 +95,7 @@ class Case:
     together: bool = False
     lossy: bool = False
     server: Literal["redis", "nats"] | None = None
+    theirs: str = ""
     awaited: bool = False
     opener: str = "ipckit.bench.ours:sync"
     awaited_opener: str = "ipckit.bench.ours:awaited"
@@ -171,7 +173,7 @@ def _from_url(text: str, cases: Sequence[Case], blank: Case) -> Case:
         return replace(case, url=_literal(bare), loop=loop, variants=(variant,))
     server = replace(url, options=(), path="").reveal()
     opposite = replace(case.raw, address=f"{_literal(server)}/{{name}}.raw")
-    return replace(case, url=_literal(bare), loop=loop, variants=(variant,), raw=opposite, server=None)
+    return replace(case, url=_literal(bare), loop=loop, variants=(variant,), raw=opposite, server=None, theirs=server)
 
 
 def _beside(url: Url) -> Url:

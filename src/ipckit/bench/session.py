@@ -178,8 +178,9 @@ class Session:
         audiences = self._audiences(shell)
         for number, audience in enumerate(audiences):
             with ExitStack() as stack:
-                if case.server is not None:
-                    stack.callback(_forget, places[case.server], name)
+                server = case.theirs if case.server is None else places[case.server]
+                if server:
+                    stack.callback(_forget, server, name)
                 contenders = [
                     stack.enter_context(self._contender(plan, found, case, audience, environment, largest))
                     for plan, found in self._plans(case, shell, rows, known, {**places, "name": f"{name}a{audience}"})
