@@ -55,7 +55,7 @@ class _DurablePublisher(JetOutlet):
 
     def __init__(self, jet: Jet, stream: str, limit: int, dedup: float, terms: PublishTerms) -> None:
         self._numbers = Numbers()
-        self._stream = stream
+        self._log = stream  # its name
 
         def subject(parcel: Parcel) -> tuple[str, str]:
             name = self._name(parcel)
@@ -71,7 +71,7 @@ class _DurablePublisher(JetOutlet):
         await super().start()
 
     def _name(self, parcel: Parcel) -> str:
-        return f"{self._stream}.{parcel.topic}" if parcel.topic else self._stream
+        return f"{self._log}.{parcel.topic}" if parcel.topic else self._log
 
     def try_put(self, parcel: Parcel) -> bool:
         taken = super().try_put(parcel)
