@@ -240,7 +240,7 @@ class JetOutlet:
     def _give_up(self, why: str, hint: str) -> None:
         for number, sent in list(self._pending.items()):
             sent.parcel.failure = errors.OutcomeUnknown(
-                why, url=self._jet.url, operation="send", message_id=sent.parcel.id, hint=hint
+                why, url=self._jet.url, operation=self._verb, message_id=sent.parcel.id, hint=hint
             )
             self._forget(number, sent)
 

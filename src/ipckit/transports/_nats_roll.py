@@ -121,8 +121,7 @@ class Roll:
         if now - self._asked > ASK_EVERY:
             self._asked = now
             self._jet.home.do(lambda: self._jet.connection.write(self._call))
-        else:
-            self._jet.home.turn()
+        self._jet.home.turn()  # who has left since we looked last has said so
         return self.present()
 
     def present(self) -> int:
