@@ -137,6 +137,7 @@ class Here:
         self._stream = stream
         self._name = secrets.token_hex(8).encode()
         self._callers = deque[str](maxlen=16)
+        self._gone = False
 
     async def start(self) -> None:
         await self._jet.connection.tap(f"ipckit.who.{self._stream}", self._called)
@@ -144,10 +145,11 @@ class Here:
         self._jet.connection.write(command(f"ipckit.here.{self._stream}", "", self._name))
 
     def _called(self, message: Any) -> None:
-        if message.reply:
+        if message.reply and not self._gone:  # a call that we read after our goodbye would count us again
             self._jet.connection.write(command(message.reply, "", self._name))
             if message.reply not in self._callers:
                 self._callers.append(message.reply)
 
     def goodbye(self) -> None:
+        self._gone = True
         self._jet.connection.write(b"".join(command(caller, "", b"-" + self._name) for caller in self._callers))
