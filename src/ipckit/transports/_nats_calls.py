@@ -384,7 +384,7 @@ class NatsExchange:
         return tuple(self._known)
 
     def tick(self) -> None:
-        """Loop, twice a second."""
+        """Loop, ten times a second."""
         self._conclude()
         for who, peer in tuple(self._letters.peers.items()):
             if peer.due():

@@ -17,7 +17,7 @@ FRAME, PART, WHO, MINE, NOT_MINE, BYE, LEFT, HERE, PROBE = range(9)
 COUNTED = PART
 FIRST = 0xFFFFFFFF  # the number of what needs none
 _NUMBERS = 0x7FFFFFFF
-_IDLE = 20  # ticks between two probes of one who is not busy
+_IDLE = 100  # ticks between two probes of one who is not busy
 
 Write = Callable[[str, str, int, int, bytes | memoryview], None]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ipckit.nats")
 
-PROBE_EVERY = 0.5  # seconds between two questions to the server whether a peer is still there
+TICK = 0.1  # seconds; the shortest time between two questions to the server whether a peer is still there
 _RECONNECT = (0.05, 2.0)  # seconds before an attempt to come back: doubled each time, and half of it by chance
 
 
@@ -289,7 +289,7 @@ class Connection:
     async def _live(self) -> None:
         try:
             while True:
-                await asyncio.sleep(PROBE_EVERY)
+                await asyncio.sleep(TICK)
                 if self.client.is_connected:
                     for probing in tuple(self._probing.values()):
                         probing.tick()

@@ -9,6 +9,7 @@ neither thread of the caller has to wake up for it.
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from ._mail import Card
 from ._natsclient import Connection
 
 _FLOOD = 1024  # greetings that wait for a listener; further ones are dropped, and their senders try again
+_PROBE_EVERY = 0.5  # seconds between two questions whether the peer is still there
 _NO_WAIT = Wait(())
 _ONE_TURN = Wait((), 0)
 
@@ -199,12 +201,17 @@ class Watch:
         self.peer = Peer(address=outbox.subject)
         self.key = secrets.token_hex(4)
         self.nobody = False
+        self._due = 0.0
         self._connection = outbox.connection
         self._cut = outbox.connection.cut
         self._outbox = outbox
         self._connection.enter(self)
 
     def tick(self) -> None:
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + _PROBE_EVERY
         self._connection.probe(self._outbox.subject, wire.pack(wire.PROBE, self._outbox.number), self.key)
 
     def verdict(self, *, nobody: bool) -> None:

@@ -6,8 +6,8 @@
     ipckit:{NAME}:rpc:box:ID-N    stream: what one of them is sent; N is the connection that it reads with
 
 The group says who has taken a call, so nobody has to be asked but Redis. A call leaves the stream when it is answered. Whoever
-reads with a connection that is gone is dead: that is asked twice a second of those on whom something depends. What a dead server
-has left is cleared away by its clients, and by the other servers; the keys expire if everybody was killed.
+reads with a connection that is gone is dead: that is asked ten times a second of those on whom something depends. What a dead
+server has left is cleared away by its clients, and by the other servers; the keys expire if everybody was killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ._redis_wired import RETRY, Wired, close
 FRAME, HERE, BYE, LEFT = b"F", b"H", b"B", b"L"
 _MAX_HELD = 4 << 20  # bytes of commands that the kernel has not taken, before a sender waits
 _TRIM = (256, 1 << 20)  # frames and bytes read, after which they are trimmed
-_ASK_EVERY = 0.5  # seconds between two looks at those who matter now
+_ASK_EVERY = 0.1  # seconds between two looks at those on whom a call depends now
 _LOOK_EVERY = 10.0  # and at all others
 _REPAIR_EVERY = 0.02
 _TAKE = 16  # calls that one server takes at a time
