@@ -521,11 +521,13 @@ class FalseFifo(Impostor):
     def serve_one(self):
         if not select.select([self._fd], [], [], 0.05)[0]:
             return
-        card = json.loads(os.read(self._fd, 4096).strip()[1:])["card"]
-        with contextlib.suppress(OSError):
-            down = os.open(f"{card['directory']}/{card['name']}.down", os.O_WRONLY | os.O_NONBLOCK)
-            os.write(down, self.answer)
-            os.close(down)
+        # More than one where the first had given up before we looked; and each begins with an empty line.
+        for line in filter(None, os.read(self._fd, 1 << 16).split(b"\n")):
+            card = json.loads(line[1:])["card"]
+            with contextlib.suppress(OSError):
+                down = os.open(f"{card['directory']}/{card['name']}.down", os.O_WRONLY | os.O_NONBLOCK)
+                os.write(down, self.answer)
+                os.close(down)
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()

@@ -129,6 +129,7 @@ def test_what_the_living_made_is_not_swept(run_dir):
 
 ALONE = """
 import os, resource, tempfile, threading
+import urllib.parse  # ipckit imports it when first asked: perhaps not this user's to read by then
 import posix_ipc
 import ipckit
 from ipckit import errors

@@ -14,9 +14,10 @@ import trustme
 
 import ipckit
 import ipckit.aio
-from ipckit import errors
+from ipckit import _wait, errors
 from ipckit._url import parse
 from ipckit.testing.servers import nats_server
+from ipckit.transports import _natsclient
 from ipckit.transports import _natswire as wire
 
 
@@ -432,6 +433,25 @@ def test_an_interrupted_client_says_so(url, pool):
             one.recv(timeout=10)
         with pytest.raises(errors.PeerError, match="interrupted"):
             one.send(b"x")
+
+
+def test_a_round_trip_that_was_given_up_leaves_the_client_hearing(server):
+    async def main():
+        lane = _wait.Lane(_wait.Gate(server.url, lambda: None), "test")
+        steps = _natsclient.connect(parse(server.url), _natsclient.NatsOptions(), "connect")
+        connection = await _wait.arun(steps, lane, 10)
+        try:
+            given_up = asyncio.create_task(connection.round_trip())
+            while not connection.client._pongs:  # noqa: ASYNC110
+                await asyncio.sleep(0)  # the client tells nobody that it has sent a ping
+            given_up.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await given_up
+            await connection.client.rtt(timeout=20)
+        finally:
+            connection.leave()
+
+    asyncio.run(main())
 
 
 def test_a_channel_outlives_its_listener_and_the_last_one_closes_the_connection(server, url, pool):

@@ -2,7 +2,7 @@
 
 Everything that is particular to nats-py is in this file, and its exceptions become ours in `map_nats`. Two of its
 habits are avoided, because they cost more than all else in a message: a task and a queue for each subscription
-(`_Tap`), and a task for each publish (`_now`).
+(`_Tap`), and a task for each publish (`_now`); and one because it is deaf after it: a ping that was given up (`_Pong`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ipckit.nats")
 
 TICK = 0.1  # seconds; the shortest time between two questions to the server whether a peer is still there
+_PATIENCE = 10.0  # seconds that a server may take for a pong
 _RECONNECT = (0.05, 2.0)  # seconds before an attempt to come back: doubled each time, and half of it by chance
 
 
@@ -201,7 +202,14 @@ class Connection:
         while self.client.pending_data_size:  # the client's ping overtakes what it has not yet written
             await asyncio.sleep(pause)
             pause = 0.001
-        await self.client.flush()
+        if not self.client.is_connected:
+            await self.client.flush()  # nobody to ask: it returns, or raises where there never will be
+            return
+        # As its `flush`, which must not be cancelled: the pong would then end the client's reader.
+        pong = _Pong()
+        await self.client._send_ping(pong)
+        async with asyncio.timeout(_PATIENCE):
+            await pong
 
     def confirm(self) -> None:
         """On the loop: ring when the server has read what was published."""
@@ -345,6 +353,14 @@ class _Tap:
 
     def cancelled(self) -> bool:
         return False
+
+
+class _Pong(asyncio.Future[bool]):
+    """What the client resolves when a pong comes, also where nobody waits for it any more."""
+
+    def set_result(self, result: bool) -> None:
+        if not self.done():
+            super().set_result(result)
 
 
 def _now(coroutine: Coroutine[Any, Any, object]) -> None:
