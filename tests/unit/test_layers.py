@@ -24,7 +24,7 @@ LAYERS = [
     {"_endpoint", "_taking", "observe"},
     {"_linkcrowd", "_linkintake", "_linkoutlet", "_linkpublisher", "_linksubscriber"},
     {"_linkqueue", "_linkhub"},
-    {"channel", "queue", "pubsub", "rpc", "sync"},
+    {"_frames", "channel", "opening", "queue", "pubsub", "rpc", "sync"},
     {"", "aio"},
     {"agents", "bench", "testing", "cli"},
     {"__main__"},
