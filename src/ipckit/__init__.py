@@ -15,8 +15,9 @@ from .codecs import Codec
 from .errors import IpcError
 
 if TYPE_CHECKING:
-    from .channel import Channel, ChannelStats, Listener, connect, listen, pair
+    from .channel import Channel, ChannelStats
     from .message import Message
+    from .opening import Listener, connect, listen, pair
     from .pubsub import Publisher, Subscriber, publisher, subscriber
     from .queue import Receiver, Sender, receiver, sender
     from .rpc import Package as _Package
@@ -64,7 +65,8 @@ __all__ = [
 
 #: Where the names of the patterns are. Each module is imported when it is first asked for: no program uses them all.
 _LATER = {
-    **dict.fromkeys(("Channel", "ChannelStats", "Listener", "connect", "listen", "pair"), "channel"),
+    **dict.fromkeys(("Channel", "ChannelStats"), "channel"),
+    **dict.fromkeys(("Listener", "connect", "listen", "pair"), "opening"),
     "Message": "message",
     **dict.fromkeys(("Publisher", "Subscriber", "publisher", "subscriber"), "pubsub"),
     **dict.fromkeys(("Receiver", "Sender", "receiver", "sender"), "queue"),

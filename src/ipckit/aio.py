@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from . import rpc
 from ._registry import capabilities
 from .channel import AsyncChannel as Channel
-from .channel import AsyncListener as Listener
-from .channel import aconnect as connect
-from .channel import alisten as listen
-from .channel import apair as pair
 from .message import AsyncMessage as Message
+from .opening import AsyncListener as Listener
+from .opening import aconnect as connect
+from .opening import alisten as listen
+from .opening import apair as pair
 from .pubsub import AsyncPublisher as Publisher
 from .pubsub import AsyncSubscriber as Subscriber
 from .pubsub import apublisher as publisher

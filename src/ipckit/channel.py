@@ -3,25 +3,25 @@
     with ipckit.listen("unix://calc") as listener, listener.accept() as channel: ...
     with ipckit.connect("unix://calc", timeout=5) as channel: ...
 
-Three layers. `_Frames` is the logic, written once as steps over a Link. `Channel` and `Listener` run the steps on the caller's
-thread, `AsyncChannel` and `AsyncListener` on the running loop; they hold nothing but one line per verb. Where the link is
-`Fused` (native), the synchronous verbs are its own methods, bound in place of ours.
+Two shells over one core. `Frames` (`_frames.py`) is the logic, written once as steps over a Link. `Channel` runs the steps on
+the caller's thread, `AsyncChannel` on the running loop; they hold nothing but one line per verb. Where the link is
+`Fused` (native), the synchronous verbs are its own methods, bound in place of ours. How channels come to be: `opening.py`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
-from . import _options, errors
+from . import errors
 from ._capabilities import Capabilities
-from ._endpoint import Endpoint, Opening
-from ._spi import Buffer, Claiming, Fused, Giving, Link, Peer, Pollable, Prioritised, Spinning, Steps, Want
-from ._spi import Listener as LinkListener
+from ._endpoint import Endpoint
+from ._frames import Driven, Frames, fill
+from ._spi import Fused, Giving, Link, Peer, Pollable
 from ._url import Url
 from ._wait import Lane, arun, run
 from .codecs import RAW, Codec
@@ -39,193 +39,6 @@ class ChannelStats:
     bytes_received: int
 
 
-class _Frames:
-    """The verbs as steps over one link. No thread, no loop, no codec."""
-
-    __slots__ = ("_held", "_link", "_look", "counts", "url")
-
-    def __init__(self, link: Link, url: Url) -> None:
-        self._link = link
-        self._look = link.spin_recv if isinstance(link, Spinning) else link.try_recv  # for who is about to sleep
-        self._held: bytes | None = None  # a frame that was too large for the buffer of recv_into
-        self.url = url
-        self.counts = [0, 0, 0, 0]
-
-    @property
-    def holds(self) -> bool:
-        return self._held is not None
-
-    def send(self, frame: Buffer, priority: int = 0) -> Steps[None]:
-        if self._try_send(frame, priority):
-            self._count(frame)
-        else:
-            yield from self._accept(frame, priority)
-        if not self._link.try_flush():
-            yield from self._flush()
-
-    def send_many(self, frames: Sequence[Buffer]) -> Steps[int]:
-        done = 0
-        try:
-            for frame in frames:
-                yield from self._accept(frame, 0)
-                done += 1
-            yield from self._flush()
-        except errors.OutcomeUnknown:
-            pass  # all that were counted are accepted; the rest goes out with the next call
-        except errors.Timeout:
-            if not done:
-                raise
-        return done
-
-    def _accept(self, frame: Buffer, priority: int) -> Steps[None]:
-        while not self._try_send(frame, priority):
-            wait = self._link.arm(Want.SEND)
-            if self._try_send(frame, priority):
-                break
-            yield wait
-        self._count(frame)
-
-    def _count(self, frame: Buffer) -> None:
-        self.counts[0] += 1
-        self.counts[1] += len(frame) if type(frame) is bytes else memoryview(frame).nbytes
-
-    def _try_send(self, frame: Buffer, priority: int) -> bool:
-        if not priority:
-            return self._link.try_send(frame)
-        if not isinstance(self._link, Prioritised):
-            raise errors.Unsupported(
-                "this transport has no priorities", url=self.url, operation="send", hint="see `ipckit transports`"
-            )
-        return self._link.try_send_priority(frame, priority)
-
-    def _flush(self) -> Steps[None]:
-        try:
-            while not self._link.try_flush():
-                wait = self._link.arm(Want.SEND)
-                if self._link.try_flush():
-                    return
-                yield wait
-        except errors.OutcomeUnknown:
-            raise
-        except errors.Timeout as timeout:
-            raise errors.OutcomeUnknown(
-                "the message was accepted, but not all of it has left",
-                url=self.url,
-                operation="send",
-                hint="it goes out with the next call on this channel: do not send it again",
-            ) from timeout
-
-    def recv(self) -> Steps[bytes]:
-        frame = self._try_recv(self._look)
-        while frame is None:
-            wait = self._link.arm(Want.RECV)
-            frame = self._try_recv()
-            if frame is None:
-                yield wait
-                frame = self._try_recv()
-        return frame
-
-    def recv_many(self, limit: int) -> Steps[list[bytes]]:
-        if limit < 1:
-            raise errors.BadOption(f"limit must be 1 or more, not {limit}", url=self.url, operation="recv_many")
-        frames = [(yield from self.recv())]
-        try:
-            while len(frames) < limit and (frame := self._try_recv()) is not None:
-                frames.append(frame)
-        except errors.IpcError:
-            pass  # sticky: the next call raises it, after these frames were delivered
-        return frames
-
-    def recv_into(self, buffer: bytearray | memoryview) -> Steps[int]:
-        frame = yield from self.recv()
-        try:
-            return _fill(buffer, frame, self.url)
-        except Exception:  # too small, read-only, no buffer at all: none of it may cost the message
-            self._held = frame
-            self.counts[2] -= 1
-            self.counts[3] -= len(frame)
-            raise
-
-    def _try_recv(self, look: Callable[[], bytes | None] | None = None) -> bytes | None:
-        if self._held is not None:
-            frame: bytes | None = self._held
-            self._held = None
-        else:
-            frame = (look or self._link.try_recv)()
-        if frame is not None:
-            self.counts[2] += 1
-            self.counts[3] += len(frame)
-        return frame
-
-    def loan(self, size: int) -> Steps[AbstractContextManager[memoryview]]:
-        link = self._claiming("loan")
-        while (loan := link.try_loan(size)) is None:
-            wait = self._link.arm(Want.SEND)
-            if (loan := link.try_loan(size)) is not None:
-                break
-            yield wait
-        return loan
-
-    def borrow(self) -> Steps[AbstractContextManager[memoryview]]:
-        link = self._claiming("borrow")
-        if self._held is not None:
-            return nullcontext(memoryview(self._try_recv() or b""))
-        while (view := link.try_borrow()) is None:
-            wait = self._link.arm(Want.RECV)
-            if (view := link.try_borrow()) is not None:
-                break
-            yield wait
-        return view
-
-    def _claiming(self, operation: str) -> Claiming:
-        if not isinstance(self._link, Claiming):
-            raise errors.Unsupported(
-                "this transport has no memory to lend", url=self.url, operation=operation, hint="shm:// has"
-            )
-        return self._link
-
-
-def _fill(buffer: bytearray | memoryview, frame: bytes, url: Url) -> int:
-    view = memoryview(buffer).cast("B")
-    if len(frame) > len(view):
-        raise errors.MessageTooLarge(
-            f"the message has {len(frame)} bytes, the buffer {len(view)}",
-            url=url,
-            operation="recv_into",
-            hint="it was kept: recv() returns it",
-        )
-    view[: len(frame)] = frame
-    return len(frame)
-
-
-class _Driven:
-    """`Fused`, for a link that is not: the steps, run on the caller's thread."""
-
-    __slots__ = ("_frames", "_rx", "_tx")
-
-    def __init__(self, frames: _Frames, tx: Lane, rx: Lane) -> None:
-        self._frames, self._tx, self._rx = frames, tx, rx
-
-    def send(self, frame: Buffer, timeout: float | None = None, priority: int = 0) -> None:
-        run(self._frames.send(frame, priority), self._tx, timeout)
-
-    def recv(self, timeout: float | None = None) -> bytes:
-        return run(self._frames.recv(), self._rx, timeout)
-
-    def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
-        return run(self._frames.recv_into(buffer), self._rx, timeout)
-
-    def send_many(self, frames: Sequence[Buffer], timeout: float | None = None) -> int:
-        return run(self._frames.send_many(frames), self._tx, timeout)
-
-    def recv_many(self, limit: int, timeout: float | None = None) -> list[bytes]:
-        return run(self._frames.recv_many(limit), self._rx, timeout)
-
-    def counters(self) -> tuple[int, int, int, int]:
-        sent, bytes_sent, received, bytes_received = self._frames.counts
-        return sent, bytes_sent, received, bytes_received
-
-
 _FUSED = ("send", "recv", "recv_into", "send_many", "recv_many")  # what a Channel of bytes binds
 
 
@@ -235,14 +48,14 @@ class _BaseChannel(Endpoint, Generic[T]):
     def __init__(self, link: Link, url: Url, codec: Codec[T], capabilities: Capabilities) -> None:
         super().__init__(link, url, capabilities)
         self._link = link
-        self._frames = _Frames(link, url)
+        self._frames = Frames(link, url)
         self._encode = codec.encode
         self._decode = codec.decode
         self.codec = codec
         self._undecoded = deque[bytes]()  # received by recv_many, behind one that could not be decoded
         self._tx = Lane(self._gate, "send")
         self._rx = Lane(self._gate, "recv")
-        self._fused: Fused = link if isinstance(link, Fused) else _Driven(self._frames, self._tx, self._rx)
+        self._fused: Fused = link if isinstance(link, Fused) else Driven(self._frames, self._tx, self._rx)
 
     @property
     def peer(self) -> Peer:
@@ -278,7 +91,7 @@ class _BaseChannel(Endpoint, Generic[T]):
         if not frames:
             return None
         try:
-            return _fill(buffer, frames[0], self.url)
+            return fill(buffer, frames[0], self.url)
         except Exception:
             self._undecoded.appendleft(frames[0])
             raise
@@ -308,7 +121,7 @@ class _BaseChannel(Endpoint, Generic[T]):
         if self._gate.foreign and not isinstance(self._link, Giving):
             self._gate.refuse_foreign(operation)
         self._gate.surrender(f"this channel's link was taken over by {operation}()", operation)
-        self._fused = _Driven(
+        self._fused = Driven(
             self._frames, self._tx, self._rx
         )  # which asks at the gate; a native link's own verbs do not
         for verb in _FUSED:
@@ -458,290 +271,3 @@ class AsyncChannel(_BaseChannel[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-# -- listeners ----------------------------------------------------------------------------------------------------
-
-
-def _accept(listener: LinkListener) -> Steps[Link]:
-    while (link := listener.try_accept()) is None:
-        wait = listener.arm(Want.RECV)
-        if (link := listener.try_accept()) is not None:
-            break
-        yield wait
-    return link
-
-
-class _BaseListener(Endpoint, Generic[T]):
-    def __init__(self, listener: LinkListener, codec: Codec[T], capabilities: Capabilities) -> None:
-        super().__init__(listener, listener.url, capabilities)
-        self._listener = listener
-        self._codec = codec
-        self._lane = Lane(self._gate, "accept", passing=True)
-
-
-class Listener(_BaseListener[T]):
-    """A name that peers connect to, for threads."""
-
-    def accept(self, timeout: float | None = None) -> Channel[T]:
-        """The next peer. A peer that fails its handshake is dropped and logged, and costs nobody else anything."""
-        link = run(_accept(self._listener), self._lane, timeout)
-        return Channel(link, self.url, self._codec, self.capabilities)
-
-    def close(self) -> None:
-        """Stop listening and remove the name. Accepted channels live on."""
-        self._close()
-
-    def __iter__(self) -> Iterator[Channel[T]]:
-        """Peers until `close()`."""
-        try:
-            while True:
-                yield self.accept()
-        except errors.Closed:
-            return
-
-    def __enter__(self) -> Listener[T]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class AsyncListener(_BaseListener[T]):
-    """A name that peers connect to, for tasks."""
-
-    async def accept(self, timeout: float | None = None) -> AsyncChannel[T]:
-        link = await arun(_accept(self._listener), self._lane, timeout)
-        return AsyncChannel(link, self.url, self._codec, self.capabilities)
-
-    async def close(self) -> None:
-        self._close()
-
-    async def __aiter__(self) -> AsyncIterator[AsyncChannel[T]]:
-        try:
-            while True:
-                yield await self.accept()
-        except errors.Closed:
-            return
-
-    async def __aenter__(self) -> AsyncListener[T]:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-
-# -- opening ---------------------------------------------------------------------------------------------------------
-
-
-class _Opening(Opening):
-    """An `Opening` for this pattern, and the options of the transport's links."""
-
-    def __init__(
-        self, url: str | Url, codec: str | Codec[Any] | None, type: Any, require: Collection[str], operation: str
-    ) -> None:
-        super().__init__(url, codec, type, require, "channel", operation)
-        if operation == "listen" and not self.capabilities.listen:
-            raise errors.Unsupported(
-                "this transport has no names to listen at", url=self.url, operation=operation, hint="use pair()"
-            )
-        self._options = _options.read(self.transport.options, self.url)
-
-    def listen(self) -> Steps[LinkListener]:
-        return self.transport.listen(self.url, self._options)
-
-    def connect(self) -> Steps[Link]:
-        return self.transport.connect(self.url, self._options)
-
-    def pair(self) -> tuple[Link, Link]:
-        return self.transport.pair(self.url, self._options)
-
-
-@overload
-def listen(url: str | Url, *, timeout: float | None = None, require: Collection[str] = ()) -> Listener[bytes]: ...
-@overload
-def listen(
-    url: str | Url,
-    *,
-    timeout: float | None = None,
-    codec: str | Codec[Any] | None = None,
-    type: type[T],
-    require: Collection[str] = (),
-) -> Listener[T]: ...
-@overload
-def listen(
-    url: str | Url, *, timeout: float | None = None, codec: str | Codec[Any], require: Collection[str] = ()
-) -> Listener[Any]: ...
-def listen(
-    url: str | Url,
-    *,
-    timeout: float | None = None,
-    codec: str | Codec[Any] | None = None,
-    type: Any = None,
-    require: Collection[str] = (),
-) -> Listener[Any]:
-    """Take a name that peers can connect to.
-
-    Args:
-        url: where; `Listener.url` says where it really is (the port that the system chose for port 0).
-        timeout: seconds for what may take time (a broker); None waits.
-        codec: "bytes" (default), "msgpack", "json", or a Codec.
-        type: what messages are; validated on arrival.
-        require: capabilities that the transport must have, such as {"zero_copy"}.
-
-    Raises: BadUrl, UnknownScheme, BadOption, MissingDependency, Unsupported, AddressInUse, AccessDenied, Timeout.
-    """
-    opening = _Opening(url, codec, type, require, "listen")
-    return Listener(opening.run(opening.listen(), timeout), opening.codec, opening.capabilities)
-
-
-@overload
-def connect(url: str | Url, *, timeout: float | None = None, require: Collection[str] = ()) -> Channel[bytes]: ...
-@overload
-def connect(
-    url: str | Url,
-    *,
-    timeout: float | None = None,
-    codec: str | Codec[Any] | None = None,
-    type: type[T],
-    require: Collection[str] = (),
-) -> Channel[T]: ...
-@overload
-def connect(
-    url: str | Url, *, timeout: float | None = None, codec: str | Codec[Any], require: Collection[str] = ()
-) -> Channel[Any]: ...
-def connect(
-    url: str | Url,
-    *,
-    timeout: float | None = None,
-    codec: str | Codec[Any] | None = None,
-    type: Any = None,
-    require: Collection[str] = (),
-) -> Channel[Any]:
-    """Reach a listener, waiting until there is one.
-
-    `timeout`: seconds to wait for it; None waits for ever. The other arguments are those of `listen`.
-
-    Raises: NothingListening when the time was up and there was none; otherwise as `listen`.
-    """
-    opening = _Opening(url, codec, type, require, "connect")
-    return Channel(opening.run(opening.connect(), timeout), opening.url, opening.codec, opening.capabilities)
-
-
-@overload
-def pair(url: str | Url, *, require: Collection[str] = ()) -> tuple[Channel[bytes], Channel[bytes]]: ...
-@overload
-def pair(
-    url: str | Url, *, codec: str | Codec[Any] | None = None, type: type[T], require: Collection[str] = ()
-) -> tuple[Channel[T], Channel[T]]: ...
-@overload
-def pair(
-    url: str | Url, *, codec: str | Codec[Any], require: Collection[str] = ()
-) -> tuple[Channel[Any], Channel[Any]]: ...
-def pair(
-    url: str | Url, *, codec: str | Codec[Any] | None = None, type: Any = None, require: Collection[str] = ()
-) -> tuple[Channel[Any], Channel[Any]]:
-    """Two connected ends, where the transport makes them (`pipe://`, `unix://`, `inproc://`, `shm://`). Arguments as `listen`."""
-    opening = _Opening(url, codec, type, require, "pair")
-    left, right = opening.pair()
-    return (
-        Channel(left, opening.url, opening.codec, opening.capabilities),
-        Channel(right, opening.url, opening.codec, opening.capabilities),
-    )
-
-
-@overload
-async def alisten(
-    url: str | Url, *, timeout: float | None = None, require: Collection[str] = ()
-) -> AsyncListener[bytes]: ...
-@overload
-async def alisten(
-    url: str | Url,
-    *,
-    timeout: float | None = None,
-    codec: str | Codec[Any] | None = None,
-    type: type[T],
-    require: Collection[str] = (),
-) -> AsyncListener[T]: ...
-@overload
-async def alisten(
-    url: str | Url, *, timeout: float | None = None, codec: str | Codec[Any], require: Collection[str] = ()
-) -> AsyncListener[Any]: ...
-async def alisten(
-    url: str | Url,
-    *,
-    timeout: float | None = None,
-    codec: str | Codec[Any] | None = None,
-    type: Any = None,
-    require: Collection[str] = (),
-) -> AsyncListener[Any]:
-    """`listen`, awaited."""
-    opening = _Opening(url, codec, type, require, "listen")
-    return AsyncListener(await opening.arun(opening.listen(), timeout), opening.codec, opening.capabilities)
-
-
-@overload
-async def aconnect(
-    url: str | Url, *, timeout: float | None = None, require: Collection[str] = ()
-) -> AsyncChannel[bytes]: ...
-@overload
-async def aconnect(
-    url: str | Url,
-    *,
-    timeout: float | None = None,
-    codec: str | Codec[Any] | None = None,
-    type: type[T],
-    require: Collection[str] = (),
-) -> AsyncChannel[T]: ...
-@overload
-async def aconnect(
-    url: str | Url, *, timeout: float | None = None, codec: str | Codec[Any], require: Collection[str] = ()
-) -> AsyncChannel[Any]: ...
-async def aconnect(
-    url: str | Url,
-    *,
-    timeout: float | None = None,
-    codec: str | Codec[Any] | None = None,
-    type: Any = None,
-    require: Collection[str] = (),
-) -> AsyncChannel[Any]:
-    """`connect`, awaited."""
-    opening = _Opening(url, codec, type, require, "connect")
-    link = await opening.arun(opening.connect(), timeout)
-    return AsyncChannel(link, opening.url, opening.codec, opening.capabilities)
-
-
-@overload
-async def apair(
-    url: str | Url, *, require: Collection[str] = ()
-) -> tuple[AsyncChannel[bytes], AsyncChannel[bytes]]: ...
-@overload
-async def apair(
-    url: str | Url,
-    *,
-    codec: str | Codec[Any] | None = None,
-    type: type[T],
-    require: Collection[str] = (),
-) -> tuple[AsyncChannel[T], AsyncChannel[T]]: ...
-@overload
-async def apair(
-    url: str | Url, *, codec: str | Codec[Any], require: Collection[str] = ()
-) -> tuple[AsyncChannel[Any], AsyncChannel[Any]]: ...
-async def apair(
-    url: str | Url,
-    *,
-    codec: str | Codec[Any] | None = None,
-    type: Any = None,
-    require: Collection[str] = (),
-) -> tuple[AsyncChannel[Any], AsyncChannel[Any]]:
-    """`pair`, awaited."""
-    opening = _Opening(url, codec, type, require, "pair")
-    left, right = opening.pair()
-    return (
-        AsyncChannel(left, opening.url, opening.codec, opening.capabilities),
-        AsyncChannel(right, opening.url, opening.codec, opening.capabilities),
-    )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from urllib.parse import parse_qsl
 
-from .. import aio, channel
+from .. import aio, opening
 from .._url import Url, parse
 from .wires import QUIET, AsyncWire, End, Handed, Wire
 
@@ -25,11 +25,11 @@ def target(end: End) -> Url:
 def sync(end: End) -> Iterator[Wire]:
     """One end of a Channel."""
     if end.side == "echo":
-        with channel.listen(end.address, timeout=_OPEN) as listener:
+        with opening.listen(end.address, timeout=_OPEN) as listener:
             end.announce(listener.url.reveal())
             ch = listener.accept(timeout=_OPEN)
     else:
-        ch = channel.connect(target(end), timeout=_OPEN)
+        ch = opening.connect(target(end), timeout=_OPEN)
     with ch:
         yield Wire(ch.send, ch.recv, ch.send_many, ch.recv_many, recv_soon=partial(ch.recv, QUIET))
 
@@ -37,7 +37,7 @@ def sync(end: End) -> Iterator[Wire]:
 @contextmanager
 def pipe_ends(address: str) -> Iterator[tuple[Handed, Handed]]:
     """Both ends of an anonymous pipe, for two children."""
-    left, right = channel.pair(address)
+    left, right = opening.pair(address)
     with left, right:
         yield left.native.hand_over(), right.native.hand_over()
 
@@ -47,7 +47,7 @@ def inherited(end: End) -> Iterator[Wire]:
     """One of those ends."""
     if end.side == "echo":
         end.announce("")
-    with channel.connect(end.address, timeout=_OPEN) as ch:
+    with opening.connect(end.address, timeout=_OPEN) as ch:
         yield Wire(ch.send, ch.recv, ch.send_many, ch.recv_many)
 
 

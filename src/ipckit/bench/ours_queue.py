@@ -10,7 +10,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 
-from .. import aio, channel, pubsub, queue
+from .. import aio, channel, opening, pubsub, queue
 from .._spi import OnFull
 from .._url import Url
 from .loops import aturning, turning
@@ -75,12 +75,12 @@ def inherited(end: End) -> Iterator[Wire]:
         def enter(wire: Iterator[Wire]) -> Wire:
             return stack.enter_context(contextmanager(lambda: wire)())
 
-        ours = channel.connect(end.address, timeout=_OPEN)
+        ours = opening.connect(end.address, timeout=_OPEN)
         if end.side == "echo":
             yield enter(_receiving(ours, "auto", end.announce))
             return
         wire = enter(_sending(ours))
-        left, right = channel.pair(end.loop)
+        left, right = opening.pair(end.loop)
         out, inward = enter(_sending(left)), enter(_receiving(right, "auto", lambda _: None))
 
         def turn(data: bytes) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-from .. import aio, channel
+from .. import aio, opening
 from ..rpc.client import client as call
 from ..rpc.contract import Service, rpc
 from ..rpc.server import Server
@@ -85,7 +85,7 @@ def inherited(end: End) -> Iterator[Wire]:
     """The same, over an end of a pair that our parent made."""
     if end.side == "echo":
         end.announce("")
-    given = channel.connect(end.address, timeout=_OPEN)
+    given = opening.connect(end.address, timeout=_OPEN)
     if end.side == "drive":
         with call(given, Bench, target="bench", timeout=_OPEN) as client:
             yield _called(client)
