@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -17,7 +18,7 @@ import pytest
 
 from ipckit import errors
 from ipckit._url import parse
-from ipckit.testing import servers
+from ipckit.testing import _natsserver
 from ipckit.testing.servers import nats_server, redis_server
 
 
@@ -189,7 +190,7 @@ def test_a_missing_binary_names_the_extra(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "files", nothing)
-    monkeypatch.setattr(servers.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(errors.MissingDependency, match="servers") as caught, nats_server():
         pass
     assert "IPCKIT_NATS_URL" in str(caught.value)
@@ -204,9 +205,9 @@ def test_a_half_written_ports_file_is_not_there_yet(tmp_path):
     file = tmp_path / "ports"
     file.write_text('{"nats": ["nats://127.0.')
     with pytest.raises(FileNotFoundError):
-        servers._port_from_file(file)
+        _natsserver._port_from_file(file)
     file.write_text(json.dumps({"nats": ["nats://127.0.0.1:4321"]}))
-    assert servers._port_from_file(file) == 4321
+    assert _natsserver._port_from_file(file) == 4321
 
 
 def nats_ask(server, **connect):

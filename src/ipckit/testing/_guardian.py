@@ -1,6 +1,6 @@
 """The parent of one ephemeral server: as long as its standard input is open, the server may live.
 
-`servers.py` runs this file as a process of its own, because nothing else is sound: the death signal of `prctl` fires
+`_server.py` runs this file as a process of its own, because nothing else is sound: the death signal of `prctl` fires
 when the *thread* that started the server ends, and no `finally` runs after `kill -9`. A pipe does end, however its
 writer died. The guardian makes the data directory too, and removes it, so that there is no instant at which a crash
 leaves one.
