@@ -25,7 +25,10 @@ for _name in (
     "pubsub",
     "rpc",
     "_services",
-    "sync",
+    "_seats",
+    "_locking",
+    "_meeting",
+    "_dropin",
 ):
     pytest.register_assert_rewrite(f"{__name__}.{_name}")
 

@@ -2,19 +2,24 @@
 
 Locks belong to threads, so a seat keeps its thread. It sits in this process, or in one that was forked, spawned or comes from a
 fork server; the orders go over a pipe in every case. `start` gives a future, so that a seat can wait while another acts; `die`
-ends it as `kill -9` would, or (in this process) ends its thread, which to a lock is the same.
+ends it as `kill -9` would, or (in this process) ends its thread, which to a lock is the same. `Seated`: where contracts start.
 """
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import multiprocessing
 import os
+import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Literal
+
+import pytest
 
 from ipckit import errors
 
@@ -129,3 +134,68 @@ def until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline, "it never came to be so"
         time.sleep(0.001)
+
+
+_seats = Seats()
+atexit.register(_seats.close)
+
+
+class Seated:
+    """A contract for those who sit: one here, one there, and a name that nobody uses."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        raise NotImplementedError("a conformance class has a fixture `url`")
+
+    @pytest.fixture(autouse=True)
+    def runtime_dir(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+        path = tempfile.mkdtemp(prefix="ipckit-")
+        monkeypatch.setenv("IPCKIT_RUNTIME_DIR", path)
+        yield path
+        shutil.rmtree(path, ignore_errors=True)
+
+    @pytest.fixture(params=["sync", "async"])
+    def shell(self, request: pytest.FixtureRequest) -> ShellName:
+        name: ShellName = request.param
+        return name
+
+    @pytest.fixture
+    def seat(self, shell: ShellName, runtime_dir: str) -> Iterator[Callable[[Where], Seat]]:
+        """Seats as they are asked for, with the same shell and runtime directory as this test."""
+        taken: list[Seat] = []
+
+        def sit(where: Where) -> Seat:
+            taken.append(_seats.take(shell, where))
+            taken[-1].do("clear")
+            taken[-1].do("environ", IPCKIT_RUNTIME_DIR=runtime_dir)
+            return taken[-1]
+
+        yield sit
+        for one in taken:
+            _seats.give_back(one)
+
+    @pytest.fixture
+    def here(self, seat: Callable[[Where], Seat]) -> Seat:
+        return seat("thread")
+
+    @pytest.fixture(params=WHERE)
+    def there(self, seat: Callable[[Where], Seat], request: pytest.FixtureRequest) -> Seat:
+        return seat(request.param)
+
+    @pytest.fixture(params=WHERE[1:])
+    def far(self, seat: Callable[[Where], Seat], request: pytest.FixtureRequest) -> Seat:
+        """In another process, which can be killed while it waits."""
+        return seat(request.param)
+
+    @pytest.fixture
+    def counter(self, runtime_dir: str) -> str:
+        path = os.path.join(runtime_dir, "counter")
+        with open(path, "wb") as file:
+            file.write(b"0")
+        return path
+
+    @staticmethod
+    def share(kind: str, *args: Any, seats: tuple[Seat, ...], **named: Any) -> None:
+        """All open the object `x`."""
+        for one in seats:
+            one.do("make", "x", kind, *args, **named)
