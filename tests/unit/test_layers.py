@@ -19,7 +19,7 @@ LAYERS = [
     {"_url", "_capabilities"},
     {"_options", "message"},
     {"_spi", "_linkwire"},
-    {"spi", "_leasing"},
+    {"spi", "_leasing", "_exchange"},
     {"_wait", "_registry", "_native", "codecs", "transports", "_linkkeeper", "_linkwatch", "_linkdialer"},
     {"_endpoint", "_taking", "observe"},
     {"_linkcrowd", "_linkintake", "_linkoutlet", "_linkpublisher", "_linksubscriber"},
