@@ -10,7 +10,8 @@ from collections import deque
 from typing import Any, Protocol, runtime_checkable
 
 from .. import errors
-from .._spi import Came, Exchange, Link, Peer, Wait, Want
+from .._exchange import Came, Exchange
+from .._spi import Link, Peer, Wait, Want
 from .._url import Url
 from ..transports._bell import Bell
 from . import events

@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import msgspec
 
 from .. import errors
-from .._spi import Came, Exchange, Peer, Wait, Want
+from .._exchange import Came, Exchange
+from .._spi import Peer, Wait, Want
 from ..transports._bell import Bell
 from . import events
 from ._exposed import BUILT_IN, Services

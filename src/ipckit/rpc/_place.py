@@ -12,7 +12,8 @@ from typing import Any
 
 from .. import _options, _registry, errors
 from .._endpoint import Opening
-from .._spi import Abandoning, Calls, Link, Listener, Steps, Wait, Want
+from .._exchange import Calls
+from .._spi import Abandoning, Link, Listener, Steps, Wait, Want
 from .._url import Url, parse
 from ..channel import AsyncChannel, Channel
 from ._board import Board

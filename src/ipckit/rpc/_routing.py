@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import errors
-from .._spi import Came, Exchange, Peer, Wait, Want
+from .._exchange import Came, Exchange
+from .._spi import Peer, Wait, Want
 from . import events
 from .dialects import (
     CALL,

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import errors
-from .._spi import Came, Steps, Wait, Want
+from .._exchange import Came
+from .._spi import Steps, Wait, Want
 from .._url import Url
 from . import _calls, _natsclient
 from ._bridge import Bell

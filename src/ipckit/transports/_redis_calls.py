@@ -19,7 +19,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from .. import errors
-from .._spi import Came, Steps, Wait, Want
+from .._exchange import Came
+from .._spi import Steps, Wait, Want
 from . import _calls
 from ._bell import Bell
 from ._mail import merge

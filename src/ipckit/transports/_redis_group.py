@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .._spi import Came
+from .._exchange import Came
 
 GROUP = "servers"
 _ASK_AGAIN = 0.1  # seconds until the next question who has taken a call, when nobody had

@@ -32,10 +32,9 @@ from typing import Any, ClassVar, cast
 
 from .. import errors
 from .._capabilities import Capabilities
+from .._exchange import Calls, Exchange
 from .._leasing import Leases, LeaseTerms, Leasing
 from .._spi import (
-    Calls,
-    Exchange,
     Intake,
     Link,
     Listener,

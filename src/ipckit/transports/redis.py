@@ -27,11 +27,10 @@ from dataclasses import dataclass
 
 from .. import _options, errors
 from .._capabilities import Capabilities
+from .._exchange import Calls, Exchange
 from .._leasing import Leases, LeaseTerms, Leasing
 from .._options import integer, option
 from .._spi import (
-    Calls,
-    Exchange,
     Intake,
     Link,
     Listener,
