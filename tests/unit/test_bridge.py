@@ -50,6 +50,18 @@ def test_a_thread_gets_a_home_of_its_own():
     end(home)
 
 
+def test_a_home_that_was_closed_leaves_nothing_to_a_forked_child():
+    mine, theirs = socket.socketpair()
+    home = Driven()
+    number = home._epoll
+    end(home)
+    os.dup2(theirs.fileno(), number)  # somebody else has the number now
+    with mine, theirs, socket.socket(fileno=number) as stranger:
+        home.abandon()
+        mine.send(b"here")
+        assert stranger.recv(4) == b"here"
+
+
 def test_a_task_stays_on_its_loop():
     async def main():
         home = await _wait.arun(find_home(), lane(), 5)

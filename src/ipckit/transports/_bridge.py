@@ -264,6 +264,7 @@ class _Selector(selectors.DefaultSelector):
 
     loop: asyncio.AbstractEventLoop
     turns = 0
+    closed = False
     sleep: float | None = None  # how long the loop wanted to sleep when it stopped; None: for ever
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -277,6 +278,10 @@ class _Selector(selectors.DefaultSelector):
             self.loop.stop()
             self.loop.call_soon_threadsafe(_nothing)  # what is left to do makes our descriptor ready
         return found
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
 
 
 class Driven:
@@ -396,7 +401,8 @@ class Driven:
         # The epoll instance is shared with the parent, so nothing may be unregistered; and the numbers must stay taken,
         # because the objects that hold them will close them some day.
         self.broken = True
-        forget([key.fd for key in self._selector.get_map().values()] + [self._epoll])
+        if not self._selector.closed:  # else these numbers may be somebody else's by now
+            forget([key.fd for key in self._selector.get_map().values()] + [self._epoll])
 
 
 async def _quietly(farewell: Farewell) -> None:
