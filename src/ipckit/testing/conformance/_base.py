@@ -94,11 +94,8 @@ def absent(what: str) -> NoReturn:
     pytest.skip(what)
 
 
-class Contract:
-    """The fixtures. A subclass brings `url`: a fresh, unused address for each test."""
-
-    #: The schemes that this class covers; ipckit's own tests make sure that none is left out.
-    schemes: ClassVar[tuple[str, ...]] = ()
+class Ground:
+    """What all contracts stand on: an address that a subclass brings, a shell, a runtime directory."""
 
     @pytest.fixture
     def url(self) -> str:
@@ -111,6 +108,18 @@ class Contract:
         monkeypatch.setenv("IPCKIT_RUNTIME_DIR", path)
         yield path
         shutil.rmtree(path, ignore_errors=True)
+
+    @pytest.fixture(params=["sync", "async"])
+    def shell(self, request: pytest.FixtureRequest) -> ShellName:
+        name: ShellName = request.param
+        return name
+
+
+class Contract(Ground):
+    """The fixtures. A subclass brings `url`: a fresh, unused address for each test."""
+
+    #: The schemes that this class covers; ipckit's own tests make sure that none is left out.
+    schemes: ClassVar[tuple[str, ...]] = ()
 
     @pytest.fixture(autouse=True)
     def installed(self, url: str) -> None:
@@ -128,11 +137,6 @@ class Contract:
         """The names of the options that this transport takes."""
         transport = registry.find(ipckit.Url(self.scheme(url)))
         return frozenset(transport.options.__dataclass_fields__)
-
-    @pytest.fixture(params=["sync", "async"])
-    def shell(self, request: pytest.FixtureRequest) -> ShellName:
-        name: ShellName = request.param
-        return name
 
     @pytest.fixture
     def here(self, shell: ShellName) -> Iterator[Local]:

@@ -11,8 +11,6 @@ import atexit
 import builtins
 import multiprocessing
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ import pytest
 from ipckit import errors
 
 from .._desk import serve
+from ._base import Ground
 from ._parties import HANG, Pending, ShellName
 
 Where = Literal["thread", "fork", "spawn", "forkserver"]
@@ -140,24 +139,8 @@ _seats = Seats()
 atexit.register(_seats.close)
 
 
-class Seated:
+class Seated(Ground):
     """A contract for those who sit: one here, one there, and a name that nobody uses."""
-
-    @pytest.fixture
-    def url(self) -> str:
-        raise NotImplementedError("a conformance class has a fixture `url`")
-
-    @pytest.fixture(autouse=True)
-    def runtime_dir(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-        path = tempfile.mkdtemp(prefix="ipckit-")
-        monkeypatch.setenv("IPCKIT_RUNTIME_DIR", path)
-        yield path
-        shutil.rmtree(path, ignore_errors=True)
-
-    @pytest.fixture(params=["sync", "async"])
-    def shell(self, request: pytest.FixtureRequest) -> ShellName:
-        name: ShellName = request.param
-        return name
 
     @pytest.fixture
     def seat(self, shell: ShellName, runtime_dir: str) -> Iterator[Callable[[Where], Seat]]:
