@@ -517,6 +517,14 @@ def test_one_that_is_thrown_away_is_given_back(lock, place):
     other.release()
 
 
+def test_one_that_has_made_its_bucket_is_thrown_away_like_others(running):
+    """The server's "no such stream" came first: that error must not keep everything alive that was called then."""
+    dropped = Lock(running("nats").address(f"/made-{os.urandom(6).hex()}/x", lease="300s"))
+    dropped.acquire()
+    with pytest.warns(ResourceWarning, match="was dropped"):
+        del dropped
+
+
 # -- the broker goes, and comes back ----------------------------------------------------------------------------------
 
 

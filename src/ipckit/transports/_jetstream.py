@@ -230,9 +230,10 @@ class Jet:
                     answer: dict[str, Any] = json.loads(message.data)
                     if "error" not in answer:
                         return answer
-                    error = ApiError(answer["error"])
-                    if error.code not in PASSING:
-                        raise error
+                    if answer["error"].get("err_code") not in PASSING:
+                        raise ApiError(
+                            answer["error"]
+                        )  # not kept here: it would keep this frame, and all that called it
                 elif not self.client._server_info.get("jetstream"):
                     raise errors.Unsupported(
                         "this NATS server has no JetStream",
