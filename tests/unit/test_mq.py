@@ -104,9 +104,11 @@ def test_killed_at_any_step_the_next_start_clears_it(run_dir, step, when):
 
 def test_a_killed_client_leaves_nothing_behind_the_next_start(run_dir):
     code = """
-import os, sys, threading, ipckit
-threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()
-ipckit.connect("mq://prio")
+import os
+from ipckit.opening import _Opening
+steps = _Opening("mq://prio", None, None, (), "connect").connect()
+next(steps)  # it has said who it is, and would sleep
+os.kill(os.getpid(), 9)
 """
     with ipckit.listen("mq://prio") as listener:
         subprocess.run([sys.executable, "-c", code], timeout=20, check=False)
