@@ -243,9 +243,8 @@ def test_a_call_that_no_server_took_leaves_redis_with_its_client() -> None:
                         with pytest.raises(errors.DeadlineExceeded):
                             using(shop, timeout=0.05).add(1)
                 (calls,) = direct.keys("*:calls")
-                eventually(
-                    lambda: direct.xlen(calls) == 1
-                )  # which the server has been given, as it was waiting for one
+                # Only what the server has been given, in the midst of something, is left.
+                eventually(lambda: direct.xlen(calls) == direct.xpending(calls, "servers")["pending"] < 3)
             finally:
                 other.kill()
         with pytest.raises(errors.NothingListening):

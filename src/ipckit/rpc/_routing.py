@@ -40,6 +40,8 @@ from .failures import NOT_TAKEN
 
 #: How long a call may be without an answer before the client asks who has it, in seconds.
 _ASK_AFTER = 0.5
+#: Seconds in which a server that has not been heard of may say that it is there, before full ones speak for all.
+_OTHERS = 0.5
 _KIND = 0x7F  # the rest of the byte is a flag
 _native = Native()
 
@@ -75,6 +77,7 @@ class Router:
         self._hello: bytes | None = None
         self._greeter = ""
         self._full: set[str] = set()  # servers that have no room for us
+        self._refusal: tuple[float, bytes] | None = None  # what the last of them said, and when it counts
         self._end: errors.IpcError | None = None
         for server in exchange.servers():
             self._meet(server)
@@ -178,7 +181,7 @@ class Router:
             came = self._exchange.try_fetch()
             if came is None:
                 self._ask_about()
-                return None
+                return self._overdue()
             with self._mutex:
                 frame = self._take(came)
             if frame is not None:
@@ -210,7 +213,8 @@ class Router:
     def _heard(self, came: Came) -> bytes | None:
         kind, id = kind_and_id(came.body)
         if kind == FAILURE and not id:
-            return self._refused(came)
+            self._refused(came)
+            return None
         if came.who in self._full and kind != FAILURE:  # it has room by now
             self._full.discard(came.who)
             self._meet(came.who)
@@ -219,18 +223,26 @@ class Router:
         elif kind == HELLO:
             if self._hello is None:
                 return None  # another's, after the first was given up
-            self._hello = None
+            self._hello = self._refusal = None
         elif kind == GOODBYE:
             return None  # of one server; the broker gives it no more calls
         elif kind != PUSH and (way := self._ways.get(id)) is not None:
             self._found(way, came.who)
         return came.body
 
-    def _refused(self, came: Came) -> bytes | None:
+    def _refused(self, came: Came) -> None:
         """It has no room for us. That matters only if we have not been greeted, and nobody else has."""
         self._full.add(came.who)
-        wanted = self._hello is not None and came.who == self._greeter
-        return came.body if wanted and not self._greet() else None
+        if self._hello is not None and came.who == self._greeter and not self._greet():
+            self._refusal = time.monotonic() + _OTHERS, came.body
+
+    def _overdue(self) -> bytes | None:
+        """The refusal, when nobody has come who might do better."""
+        with self._mutex:
+            if self._refusal is None or time.monotonic() < self._refusal[0]:
+                return None
+            (_, frame), self._refusal = self._refusal, None
+            return frame
 
     def _over(self, id: int) -> None:
         self._ways.pop(id, None)
@@ -244,6 +256,8 @@ class Router:
         self._exchange.watch(server, lambda: self._counts_on(server))
         if self._types:
             self._exchange.try_post(server, _native.encode(events.Subscribe(0, sorted(self._types)))[0])
+        if self._refusal is not None and self._greet():
+            self._refusal = None
 
     def _counts_on(self, server: str) -> bool:
         # Called where the broker's client works: it must not wait for the mutex.
@@ -290,9 +304,10 @@ class Router:
     def arm(self, want: Want) -> Wait:
         if self._made or self._end is not None:
             return Wait((), 0)
-        wait = self._exchange.arm(want)
+        wait, refusal = self._exchange.arm(want), self._refusal
         # Who sleeps here already is not woken for each call that somebody else makes: it looks after them now and then.
-        return wait._replace(at_most=_ASK_AFTER if wait.at_most is None else min(wait.at_most, _ASK_AFTER))
+        most = _ASK_AFTER if refusal is None else max(min(refusal[0] - time.monotonic(), _ASK_AFTER), 0)
+        return wait._replace(at_most=most if wait.at_most is None else min(wait.at_most, most))
 
     def close(self) -> None:
         if not isinstance(self._end, errors.Closed):
