@@ -150,6 +150,7 @@ class Crowd(Generic[M]):
         if isinstance(self._door, Dialer) and not self._closed:
             self._door.later(time.monotonic() - member.since)
             self._knocked = True
+            self.wake()  # also ourselves: what we are about to sleep on does not know yet when to dial
         self._lost(member, error)
 
     def _broken(self, member: M, error: errors.IpcError) -> None:
@@ -304,9 +305,12 @@ class Crowd(Generic[M]):
 
     @property
     def restless(self) -> bool:
-        """Somebody has not been told that we are about to sleep: whoever came, or was ready, since the last `arm`."""
-        listens = self._door is not None and not isinstance(self._door, Dialer)
-        return bool(self._hot or self._tepid) or (listens and not self._door_armed)
+        """Somebody has not been told that we are about to sleep: whoever came, or was ready, since the last `arm`; or somebody
+        was lost since the last `stir`, and is to be dialled.
+        """
+        if isinstance(self._door, Dialer):
+            return self._knocked or bool(self._hot or self._tepid)
+        return bool(self._hot or self._tepid) or (self._door is not None and not self._door_armed)
 
     def arm(self) -> None:
         """Tell everybody who has not been told that we are about to sleep. Try once more after this."""

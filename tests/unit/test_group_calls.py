@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -239,6 +240,7 @@ def test_a_call_that_no_server_took_leaves_redis_with_its_client() -> None:
                 with ipckit.client(url, Shop) as shop:
                     assert shop.add(1) == 2
                     other.send_signal(signal.SIGSTOP)
+                    eventually(lambda: Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
                     for _ in range(3):
                         with pytest.raises(errors.DeadlineExceeded):
                             using(shop, timeout=0.05).add(1)

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import queue
 import re
+import select
 import socket
 import struct
 import threading
@@ -338,3 +339,43 @@ def test_the_url_has_the_port_that_was_chosen():
         assert receiver.url.host.port
         sender.send(b"x", 5)
         assert receiver.recv(5).value == b"x"
+
+
+def test_who_loses_its_link_on_the_way_to_sleep_wakes_to_dial():
+    """What it sleeps on was made before there was anything to wait for; and the keeper's epoll has forgotten the link as well."""
+    from ipckit._linkcrowd import Crowd, Member
+    from ipckit._linkdialer import Dialer
+    from ipckit._spi import Want
+    from ipckit._url import parse
+    from ipckit.transports import unix
+
+    url = parse("unix://x")
+    ours, theirs = unix.TRANSPORT.pair(url, unix.TRANSPORT.options())
+
+    def dial():
+        if dialled:
+            raise errors.NothingListening("nobody", url=url)
+        dialled.append(True)
+        return ours
+        yield
+
+    dialled = []
+    crowd = Crowd(url, Dialer(url, dial), b"", Member, lambda member, error: None, ends=True)
+    crowd.stir()
+    assert crowd.next_frame() is None
+    crowd.arm()
+    wait = crowd.sleep(Want.SEND)
+    assert not ready(wait)
+    theirs.close()
+    assert crowd.next_frame() is None  # the last try before the sleep
+    assert not crowd.members
+    assert ready(wait)
+    assert crowd.restless
+    crowd.close()
+
+
+def ready(wait):
+    poll = select.poll()
+    for fd, events in wait.fds:
+        poll.register(fd, events)
+    return bool(poll.poll(0))

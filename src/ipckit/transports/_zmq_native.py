@@ -3,16 +3,11 @@
 Any ZeroMQ program can be at the other end, and a message costs what it costs there. What libzmq does not promise is not
 promised: what a dead or broken connection held is gone, nobody acknowledges, messages have no id and no headers. A sender or
 publisher is held where a peer's queue is full (`sndhwm`, `rcvhwm`); nothing is dropped for that.
-
-Two ways to receive. `try_get` and `arm` as everywhere; and `get`, which waits inside libzmq with the GIL released, as
-`ZmqLink` does: 1 to 2 µs less than looking, announcing, looking again and sleeping (ADR 13). A *waker*, a second
-connection to the same socket, ends that wait when somebody closes.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import select
 import threading
 import time
@@ -36,7 +31,6 @@ if TYPE_CHECKING:
 
 _NOW, _EVENTS, _POLLIN, _POLLOUT = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 _PORT = 0.5  # seconds that libzmq's thread has to close a port; it takes a fraction of a millisecond
-_numbers = itertools.count(1)
 
 #: Between a topic and the value; no topic contains it.
 END_OF_TOPIC = b"\0"
@@ -132,11 +126,9 @@ class Native:
         if self._foreign:
             return
         self._closed = True
-        self._interrupt()
         with self._lock:
             if self.socket.closed:
                 return
-            self._release()
             if (
                 self._address in inproc_native
             ):  # at once: left to `close`, libzmq's reaper gives the name up in its own time
@@ -151,10 +143,8 @@ class Native:
     def quit(self) -> bool:
         """At exit. True when the socket is closed."""
         self._closed = True
-        self._interrupt()
         if not self._lock.acquire(timeout=1):
             return False
-        self._release()
         self.socket.close()
         self._lock.release()
         return True
@@ -163,12 +153,6 @@ class Native:
         """In a forked child. The connections are in libzmq's hands, whose thread is not here: they stay the parent's."""
         self._foreign = self._closed = True
         self._lock = threading.Lock()  # somebody may have been inside
-
-    def _interrupt(self) -> None:
-        """End a wait inside libzmq."""
-
-    def _release(self) -> None:
-        """Lock held: what there is besides the socket."""
 
     def _check(self, operation: str) -> None:
         if self._foreign:
@@ -315,15 +299,8 @@ class Publish(_Giving):
 class _Taking(Native):
     """What receives: an intake."""
 
-    def __init__(self, url: Url, options: Options, kind: int, waker: int) -> None:
+    def __init__(self, url: Url, options: Options, kind: int) -> None:
         super().__init__(url, options, kind)
-        self._token = b"\x02waker " + os.urandom(16)  # nobody can guess it
-        address = f"inproc://ipckit-native-waker-{next(_numbers)}"
-        self._waker_lock = threading.Lock()
-        self._waker = context().socket(waker)
-        self._waker.setsockopt(zmq.LINGER, 0)
-        self._waker.bind(address)
-        self.socket.connect(address)
         self._malformed = 0
 
     def understand(self, frame: bytes) -> Parcel | None:
@@ -358,25 +335,15 @@ class _Taking(Native):
             "malformed": self._malformed,
         }
 
-    def _interrupt(self) -> None:
-        with self._waker_lock:
-            if not self._waker.closed:
-                self._waker.getsockopt(_EVENTS)  # so that it knows of the subscription
-                self._waker.send(self._token, _NOW)
-
-    def _release(self) -> None:
-        with self._waker_lock:
-            self._waker.close()
-
 
 class Pull(_Taking):
     """`Intake`: the receiving side of a queue. Each part of a message is a message."""
 
     def __init__(self, url: Url, options: Options) -> None:
-        super().__init__(url, options, zmq.PULL, zmq.PUSH)
+        super().__init__(url, options, zmq.PULL)
 
     def understand(self, frame: bytes) -> Parcel | None:
-        if self._closed or frame == self._token:
+        if self._closed:
             return None
         if len(frame) > self._limit:
             self._malformed += 1
@@ -390,10 +357,9 @@ class Subscribe(_Taking):
     """`Intake`: a subscriber. libzmq sorts out by the beginning of a topic, and we do the rest."""
 
     def __init__(self, url: Url, options: Options, terms: TopicTerms) -> None:
-        super().__init__(url, options, zmq.SUB, zmq.PUB)
+        super().__init__(url, options, zmq.SUB)
         self._prefixes = sorted({prefix_of(pattern) for pattern in terms.topics})
         self._covered = _cover(terms.topics)
-        self.socket.setsockopt(zmq.SUBSCRIBE, self._token)
 
     def connected(self) -> None:
         """After the connection was begun: subscriptions travel in this order, and who is counted has all of his."""
@@ -401,7 +367,7 @@ class Subscribe(_Taking):
             self.socket.setsockopt(zmq.SUBSCRIBE, prefix)
 
     def understand(self, frame: bytes) -> Parcel | None:
-        if self._closed or frame == self._token:
+        if self._closed:
             return None
         name, end, body = frame.partition(END_OF_TOPIC)
         try:
