@@ -93,7 +93,7 @@ def test_names_are_resolved_off_the_thread(monkeypatch):
     for thread in threading.enumerate():
         if thread.name == "ipckit-lookup":
             thread.join(10)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= set(before)
 
 
 def test_localhost():
@@ -333,4 +333,4 @@ def test_nothing_stays_open():
                 pass
     with pytest.raises(errors.NothingListening):
         ipckit.connect(listener.url, timeout=0.05)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= set(before)
