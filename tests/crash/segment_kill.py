@@ -252,7 +252,7 @@ def run(count: int, seed: int, directory: Path) -> Report:
         what = f"round {n} of seed {seed}: {operation}, {where}, {'in company' if company else 'alone'}"
         report.faults += [f"{what}: {fault}" for fault in one_round(operation, line, delay, company, directory, report)]
         report.rounds += 1
-    if len(os.listdir("/proc/self/fd")) > before:
+    if len(os.listdir("/proc/self/fd")) != before:
         report.faults.append("descriptors are left")
     return report
 

@@ -258,7 +258,7 @@ class Leaks:
     def faults(self, listener_was_killed: bool) -> list[str]:
         faults = []
         fds, segments = self._look()
-        if fds > self._before[0]:
+        if fds != self._before[0]:
             faults.append(f"left: {fds - self._before[0]} descriptors")
         if set(segments) - set(self._before[1]):
             faults.append(f"left: {set(segments) - set(self._before[1])} in /dev/shm")

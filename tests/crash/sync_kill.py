@@ -282,7 +282,7 @@ def run(kind: str, count: int, seed: int) -> Report:
     for n in range(count + count // 4):
         faults = one_round(kind, journal, chance, report, n % 5 != 4)
         report.faults += [f"round {n} of seed {seed}: {fault}" for fault in faults]
-    if len(os.listdir("/proc/self/fd")) > before:
+    if len(os.listdir("/proc/self/fd")) != before:
         report.faults.append("descriptors are left")
     return report
 

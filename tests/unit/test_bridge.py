@@ -394,4 +394,4 @@ def test_nothing_is_left():
             end(home)
         del home
         gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(os.listdir("/proc/self/fd")) == before

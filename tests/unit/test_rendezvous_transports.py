@@ -275,7 +275,7 @@ def test_no_descriptor_and_no_thread_stays(url):
     with pytest.raises(errors.NothingListening):
         ipckit.connect(url, timeout=0.05)
     until = time.monotonic() + 10  # a connection that was given up while it was being opened is closed a little later
-    while set(os.listdir("/proc/self/fd")) - before or threading.active_count() > threads:
+    while set(os.listdir("/proc/self/fd")) != before or threading.active_count() != threads:
         assert time.monotonic() < until
         time.sleep(0.01)
 

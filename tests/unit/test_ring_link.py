@@ -641,7 +641,7 @@ def test_no_descriptor_is_left(pair):
         left.send(b"x")
     left.close()
     right.close()
-    assert set(os.listdir("/proc/self/fd")) <= set(before)
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside pytest-timeout's thread
@@ -730,4 +730,4 @@ def test_memory_that_is_no_ring_is_refused_before_it_is_used(how):
         os.close(fd)  # still ours
     for end in ends:
         end.close()
-    assert set(os.listdir("/proc/self/fd")) <= set(before)
+    assert sorted(os.listdir("/proc/self/fd")) == before

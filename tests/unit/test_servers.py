@@ -248,4 +248,4 @@ def test_no_descriptor_is_left_open():
         before = len(os.listdir("/proc/self/fd"))
         with nats_server():
             pass
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert len(os.listdir("/proc/self/fd")) == before

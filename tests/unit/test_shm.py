@@ -33,7 +33,7 @@ def runtime_dir(tmp_path, monkeypatch):
 def no_descriptor_left():
     before = sorted(os.listdir("/proc/self/fd"))
     yield
-    assert set(os.listdir("/proc/self/fd")) <= set(before)
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 @contextlib.contextmanager

@@ -325,7 +325,7 @@ def test_descriptors_are_given_back():
     for kind in KINDS:
         kind()
         kind(url=f"shm://{kind.__name__}")
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # -- the others -------------------------------------------------------------------------------------------------------
